@@ -1,0 +1,42 @@
+// The few calls that mlx-c lacks. No exception leaves this file.
+#include "mlxrs.h"
+
+#include "mlx/c/private/mlx.h"
+#include "mlx/mlx.h"
+
+namespace mx = mlx::core;
+
+extern "C" mlx_stream mlxrs_current_stream(void) {
+  // mlx-c would allocate a device and a stream per call; this runs for every operation.
+  thread_local mx::Stream stream{0, mx::Device{mx::Device::cpu}};
+  try {
+    stream = mx::default_stream(mx::default_device());
+    return mlx_stream{&stream};
+  } catch (const std::exception& e) {
+    mlx_error(e.what());
+    return mlx_stream{nullptr};
+  }
+}
+
+extern "C" mlx_array mlxrs_host_array(const int* shape, int dim, mlx_dtype dtype, void** data) {
+  try {
+    auto type = mlx_dtype_to_cpp(dtype);
+    size_t bytes = mx::size_of(type);
+    for (int i = 0; i < dim; i++) {
+      bytes *= static_cast<size_t>(shape[i]);
+    }
+    auto memory = mx::allocator::malloc(bytes);
+    *data = memory.buffer().raw_ptr();
+    if (*data == nullptr && bytes > 0) {
+      throw std::runtime_error("out of memory for an array of " + std::to_string(bytes) + " bytes");
+    }
+    return mlx_array{new mx::array(std::move(memory), mx::Shape(shape, shape + dim), type)};
+  } catch (const std::exception& e) {
+    mlx_error(e.what());
+    return mlx_array{nullptr};
+  }
+}
+
+extern "C" const char* mlxrs_mlx_version(void) {
+  return mx::version();
+}

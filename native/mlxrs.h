@@ -1,0 +1,33 @@
+/* What Rust sees of C: mlx-c's headers and the few calls that mlx-c lacks. */
+#pragma once
+
+#include "mlx/c/array.h"
+#include "mlx/c/cuda.h"
+#include "mlx/c/device.h"
+#include "mlx/c/error.h"
+#include "mlx/c/memory.h"
+#include "mlx/c/metal.h"
+#include "mlx/c/ops.h"
+#include "mlx/c/stream.h"
+#include "mlx/c/string.h"
+#include "mlx/c/transforms.h"
+#include "mlx/c/vector.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The stream that an operation without one would use on this thread now. The handle belongs to the thread and is
+   never freed; the next call on the same thread renews it. */
+mlx_stream mlxrs_current_stream(void);
+
+/* A new array over memory of MLX's own allocator, not yet written; `data` is its first byte, which the CPU may write
+   until the array is first used. On CUDA it is unified memory. An empty handle on failure, after the error handler. */
+mlx_array mlxrs_host_array(const int* shape, int dim, mlx_dtype dtype, void** data);
+
+/* MLX's version as libmlx, loaded now, tells it. */
+const char* mlxrs_mlx_version(void);
+
+#ifdef __cplusplus
+}
+#endif

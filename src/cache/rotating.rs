@@ -1,0 +1,255 @@
+//! `RotatingKVCache`: the newest tokens in a ring, behind a few first ones that stay.
+
+use super::plan::{Ring, Segment};
+use super::tensor::{check_update, zero_rows};
+use super::{
+    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, STEP, State, array_field, array_state,
+    checked_fields, count_field, dense, mask, nothing_yet,
+};
+use crate::array::Array;
+use crate::error::{Error, Result};
+
+/// Keys and values `(B, H, L, D)` of the last `max_size` tokens; single tokens are written over the oldest row.
+#[derive(Clone, Debug)]
+pub struct RotatingKvCache {
+    keys: Option<Array>,
+    values: Option<Array>,
+    ring: Ring,
+    /// Rows by which the buffers grow until they hold `max_size`; at least 1.
+    pub step: usize,
+}
+
+impl RotatingKvCache {
+    /// An empty ring of `max_size` rows, of which the first `keep` are never overwritten.
+    ///
+    /// # Errors
+    /// [`Error::Value`] unless `keep < max_size`: no row would be left for new tokens.
+    pub fn new(max_size: usize, keep: usize) -> Result<Self> {
+        if keep >= max_size {
+            let got = format!("max_size={max_size}, keep={keep}");
+            return Err(Error::value("RotatingKVCache", "0 <= keep < max_size", got));
+        }
+        Ok(Self { keys: None, values: None, ring: Ring::new(max_size, keep), step: STEP })
+    }
+
+    /// A ring that waits for its state.
+    pub(super) const fn unset() -> Self {
+        Self { keys: None, values: None, ring: Ring::new(1, 0), step: STEP }
+    }
+
+    /// Where the ring stands.
+    pub const fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// Assigns the position; [`update`](KvCache::update) checks that it fits the buffers.
+    pub fn set_ring(&mut self, ring: Ring) {
+        self.ring = Ring { len: self.ring.len, ..ring };
+    }
+
+    /// One token written in place.
+    fn place(&self, new: [&Array; 2]) -> Result<([Array; 2], Ring)> {
+        let place = self.ring.place(self.step);
+        let write = |buffer: Option<&Array>, new: &Array| match (buffer, &place.cut) {
+            (None, _) => zero_rows(new, place.added)?.with_rows(new, place.row),
+            // A ring that still grows is not too long, and one that is too long does not grow.
+            (Some(buffer), Some(cut)) => join(buffer, cut, None)?.with_rows(new, place.row),
+            (Some(buffer), None) if place.added > 0 => {
+                Array::concatenate(&[buffer, &zero_rows(new, place.added)?], 2)?.with_rows(new, place.row)
+            }
+            (Some(buffer), None) => buffer.with_rows(new, place.row),
+        };
+        let arrays = [write(self.keys.as_ref(), new[0])?, write(self.values.as_ref(), new[1])?];
+        Ok((arrays, place.after))
+    }
+
+    /// Several tokens appended in temporal order.
+    fn append(&self, new: [&Array; 2], n_tokens: usize) -> Result<([Array; 2], Ring)> {
+        let append = self.ring.append(n_tokens);
+        let write = |buffer: Option<&Array>, new: &Array| match buffer {
+            None => Ok(new.clone()),
+            Some(buffer) => join(buffer, &append.kept, Some(new)),
+        };
+        let arrays = [write(self.keys.as_ref(), new[0])?, write(self.values.as_ref(), new[1])?];
+        Ok((arrays, append.after))
+    }
+}
+
+/// The rows of `segments`, then those of `last`.
+fn join(buffer: &Array, segments: &[Segment], last: Option<&Array>) -> Result<Array> {
+    let kept = segments.iter().filter(|(from, to)| from < to).map(|&(from, to)| buffer.rows(from, to));
+    let kept = kept.collect::<Result<Vec<_>>>()?;
+    match (kept.as_slice(), last) {
+        // Joining with nothing still lets the dtypes promote, as mlx-lm's concatenation does.
+        ([], Some(last)) => Array::concatenate(&[&buffer.rows(0, 0)?, last], 2),
+        ([only], None) => Ok(only.clone()),
+        _ => Array::concatenate(&kept.iter().chain(last).collect::<Vec<_>>(), 2),
+    }
+}
+
+impl KvCache for RotatingKvCache {
+    fn reference_class_name(&self) -> &'static str {
+        "RotatingKVCache"
+    }
+
+    fn offset(&self) -> usize {
+        self.ring.offset
+    }
+
+    fn update(&mut self, keys: &Array, values: &Array) -> Result<(KvTensor, KvTensor)> {
+        let buffers = [self.keys.as_ref(), self.values.as_ref()];
+        self.ring.check().map_err(|(expected, got)| Error::value("RotatingKVCache.update_and_fetch", expected, got))?;
+        let update =
+            check_update("RotatingKVCache.update_and_fetch", [keys, values], buffers, self.ring.written(), false)?;
+        let ([keys, values], ring) = match update.n_tokens {
+            1 => self.place([keys, values])?,
+            n_tokens => self.append([keys, values], n_tokens)?,
+        };
+        let seen = ring.written();
+        let seen = (KvTensor::Dense(keys.rows(0, seen)?), KvTensor::Dense(values.rows(0, seen)?));
+        (self.keys, self.values, self.ring) = (Some(keys), Some(values), ring);
+        Ok(seen)
+    }
+
+    fn state(&self) -> State<Array> {
+        let Ring { offset, index, max_size, keep, .. } = self.ring;
+        let counts = [offset, keep, max_size, index].map(|count| State::Int(count as i64));
+        let arrays = [array_state(self.keys.as_ref()), array_state(self.values.as_ref())];
+        State::List(arrays.into_iter().chain(counts).collect())
+    }
+
+    fn set_state(&mut self, state: State<Array>) -> Result<()> {
+        let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
+        let mut next = || fields.next().unwrap_or(State::None);
+        let (keys, values) = (array_field(next()), array_field(next()));
+        let mut count = || count_field(&next());
+        let (offset, keep, max_size, index) = (count(), count(), count(), count());
+        let len = keys.as_ref().map(|keys| keys.dim(2));
+        (self.keys, self.values, self.ring) = (keys, values, Ring { offset, index, len, max_size, keep });
+        Ok(())
+    }
+
+    fn keys(&self) -> Option<KvTensor> {
+        self.keys.clone().map(KvTensor::Dense)
+    }
+
+    fn values(&self) -> Option<KvTensor> {
+        self.values.clone().map(KvTensor::Dense)
+    }
+
+    fn set_keys(&mut self, keys: Option<KvTensor>) -> Result<()> {
+        self.keys = dense("keys", keys)?;
+        self.ring.len = self.keys.as_ref().map(|keys| keys.dim(2));
+        Ok(())
+    }
+
+    fn set_values(&mut self, values: Option<KvTensor>) -> Result<()> {
+        self.values = dense("values", values)?;
+        Ok(())
+    }
+
+    fn keys_and_values(&self) -> Result<(KvTensor, KvTensor)> {
+        match (&self.keys, &self.values) {
+            (Some(keys), Some(values)) => Ok((
+                KvTensor::Dense(keys.rows(0, self.ring.written())?),
+                KvTensor::Dense(values.rows(0, self.ring.written())?),
+            )),
+            _ => Err(nothing_yet()),
+        }
+    }
+
+    fn set_offset(&mut self, offset: usize) -> Result<()> {
+        self.ring.offset = offset;
+        Ok(())
+    }
+
+    fn buffers(&self) -> Vec<&Array> {
+        self.keys.iter().chain(&self.values).collect()
+    }
+
+    fn make_mask(&self, n_tokens: usize, window: Option<usize>, return_array: bool) -> Result<MaskMode> {
+        let Ring { offset, max_size, keep, .. } = self.ring;
+        let window = window.filter(|&window| window > 0);
+        if n_tokens == 1 {
+            // All rows that the ring holds are visible, unless the model looks back less far.
+            let Some(window) = window.filter(|&window| offset >= window && max_size > window) else {
+                return Ok(MaskMode::None);
+            };
+            return mask_one(&self.ring, window).map(MaskMode::Array);
+        }
+        let before = offset.min(max_size - 1);
+        let aligned = keep == 0 || offset < max_size;
+        if aligned && !return_array && before + n_tokens <= window.unwrap_or(max_size) {
+            return Ok(MaskMode::Causal);
+        }
+        if keep == 0 {
+            return mask::causal(n_tokens, before, Some(window.unwrap_or(max_size))).map(MaskMode::Array);
+        }
+        let [(_, kept), newest] = self.ring.positions_of_append(n_tokens);
+        let split = if kept == 0 { keep.min(newest.1) } else { kept };
+        let rows = if kept == 0 { [(0, split), (split, newest.1)] } else { [(0, kept), newest] };
+        mask::kept_and_recent(n_tokens, offset, rows, window, max_size - keep).map(MaskMode::Array)
+    }
+
+    fn size(&self) -> usize {
+        self.ring.offset.min(self.ring.max_size)
+    }
+
+    fn is_trimmable(&self) -> bool {
+        !self.ring.is_wrapped()
+    }
+
+    fn trim(&mut self, n: usize) -> Result<usize> {
+        if self.ring.is_wrapped() && n > 0 {
+            let expected = format!("fewer than max_size={} tokens, so that no row was overwritten", self.ring.max_size);
+            return Err(Error::value("RotatingKVCache.trim", expected, self.ring.offset));
+        }
+        let n = n.min(self.ring.offset);
+        self.ring = self.ring.trimmed(n);
+        Ok(n)
+    }
+
+    fn max_size(&self) -> Option<usize> {
+        Some(self.ring.max_size)
+    }
+
+    fn checkpoint(&self, n_tokens: usize) -> Checkpoint {
+        // Unless rows are overwritten or dropped, those before the offset outlive the update.
+        let stays = self.keys.is_some() && self.ring.offset + n_tokens < self.ring.max_size;
+        Checkpoint(if stays {
+            CheckpointKind::Offset(self.ring.offset)
+        } else {
+            CheckpointKind::Whole(Box::new(self.copy()))
+        })
+    }
+
+    fn rollback(&mut self, checkpoint: Checkpoint) {
+        match checkpoint.0 {
+            CheckpointKind::Offset(offset) => (self.ring.offset, self.ring.index) = (offset, offset),
+            CheckpointKind::Whole(cache) => {
+                if let Cache::Rotating(cache) = *cache {
+                    *self = cache;
+                }
+            }
+        }
+    }
+
+    fn copy(&self) -> Cache {
+        Cache::Rotating(self.clone())
+    }
+}
+
+/// The rows `(K,)` that one token sees `window` tokens back, once it is placed.
+fn mask_one(ring: &Ring, window: usize) -> Result<Array> {
+    let Ring { offset, max_size, keep, .. } = *ring;
+    if !ring.is_wrapped() {
+        return mask::ranges(offset + 1, &[(offset + 1 - window, offset + 1)]);
+    }
+    let row = ring.place(STEP).row;
+    // Newest rows end at `row`; what does not fit before it wraps to the end of the ring.
+    let recent = window.min(max_size - keep);
+    let before = recent.min(row + 1 - keep);
+    let wrapped = recent - before;
+    let sinks = (keep + window).saturating_sub(offset + 1).min(keep);
+    mask::ranges(max_size, &[(row + 1 - before, row + 1), (max_size - wrapped, max_size), (keep - sinks, keep)])
+}

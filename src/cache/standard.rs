@@ -1,0 +1,161 @@
+//! `KVCache`: a buffer that grows by whole steps.
+
+use super::plan::Growth;
+use super::tensor::{check_update, zero_rows};
+use super::{
+    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, QuantizedKvCache, STEP, State, array_field,
+    array_state, checked_fields, count_field, dense, mask, nothing_yet,
+};
+use crate::array::Array;
+use crate::error::Result;
+
+/// Keys and values in padded buffers `(B, H, L, D)`, of which the first `offset` rows are valid.
+#[derive(Clone, Debug)]
+pub struct StandardKvCache {
+    /// Buffer of the keys; None before the first update.
+    pub keys: Option<Array>,
+    /// Buffer of the values.
+    pub values: Option<Array>,
+    /// Valid rows.
+    pub offset: usize,
+    /// Rows by which the buffers grow; at least 1.
+    pub step: usize,
+}
+
+impl Default for StandardKvCache {
+    fn default() -> Self {
+        Self { keys: None, values: None, offset: 0, step: STEP }
+    }
+}
+
+impl StandardKvCache {
+    /// The same rows, affine-quantized: the whole buffer, so that its length stays.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if MLX does not support the sizes.
+    pub fn to_quantized(&self, group_size: usize, bits: usize) -> Result<QuantizedKvCache> {
+        let mut quantized = QuantizedKvCache::new(group_size, bits)?;
+        if let (Some(keys), Some(values)) = (&self.keys, &self.values) {
+            quantized.check_head_dims("to_quantized", keys, values)?;
+            quantized.keys = Some(keys.quantize(group_size, bits)?);
+            quantized.values = Some(values.quantize(group_size, bits)?);
+        }
+        quantized.offset = self.offset;
+        quantized.step = self.step;
+        Ok(quantized)
+    }
+}
+
+/// `buffer`, grown as planned, with `new` written at row `at`.
+pub(super) fn write(buffer: Option<&Array>, growth: Option<Growth>, new: &Array, at: usize) -> Result<Array> {
+    match (buffer, growth) {
+        (Some(buffer), None) => buffer.with_rows(new, at),
+        (Some(buffer), Some(Growth { kept, added })) => {
+            Array::concatenate(&[&buffer.rows(0, kept)?, &zero_rows(new, added)?], 2)?.with_rows(new, at)
+        }
+        (None, growth) => zero_rows(new, growth.map_or(0, |growth| growth.added))?.with_rows(new, at),
+    }
+}
+
+impl KvCache for StandardKvCache {
+    fn reference_class_name(&self) -> &'static str {
+        "KVCache"
+    }
+
+    fn offset(&self) -> usize {
+        self.offset
+    }
+
+    fn update(&mut self, keys: &Array, values: &Array) -> Result<(KvTensor, KvTensor)> {
+        let buffers = [self.keys.as_ref(), self.values.as_ref()];
+        let update = check_update("KVCache.update_and_fetch", [keys, values], buffers, self.offset, false)?;
+        let growth = Growth::plan(self.offset, update.len, update.n_tokens, self.step);
+        let keys = write(buffers[0], growth, keys, self.offset)?;
+        let values = write(buffers[1], growth, values, self.offset)?;
+        let end = self.offset + update.n_tokens;
+        let seen = (KvTensor::Dense(keys.rows(0, end)?), KvTensor::Dense(values.rows(0, end)?));
+        (self.keys, self.values, self.offset) = (Some(keys), Some(values), end);
+        Ok(seen)
+    }
+
+    fn state(&self) -> State<Array> {
+        let offset = State::Int(self.offset as i64);
+        State::List(vec![array_state(self.keys.as_ref()), array_state(self.values.as_ref()), offset])
+    }
+
+    fn set_state(&mut self, state: State<Array>) -> Result<()> {
+        let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
+        let mut next = || fields.next().unwrap_or(State::None);
+        (self.keys, self.values, self.offset) = (array_field(next()), array_field(next()), count_field(&next()));
+        Ok(())
+    }
+
+    fn keys(&self) -> Option<KvTensor> {
+        self.keys.clone().map(KvTensor::Dense)
+    }
+
+    fn values(&self) -> Option<KvTensor> {
+        self.values.clone().map(KvTensor::Dense)
+    }
+
+    fn set_keys(&mut self, keys: Option<KvTensor>) -> Result<()> {
+        self.keys = dense("keys", keys)?;
+        Ok(())
+    }
+
+    fn set_values(&mut self, values: Option<KvTensor>) -> Result<()> {
+        self.values = dense("values", values)?;
+        Ok(())
+    }
+
+    fn keys_and_values(&self) -> Result<(KvTensor, KvTensor)> {
+        match (&self.keys, &self.values) {
+            (Some(keys), Some(values)) => {
+                Ok((KvTensor::Dense(keys.rows(0, self.offset)?), KvTensor::Dense(values.rows(0, self.offset)?)))
+            }
+            _ => Err(nothing_yet()),
+        }
+    }
+
+    fn set_offset(&mut self, offset: usize) -> Result<()> {
+        self.offset = offset;
+        Ok(())
+    }
+
+    fn buffers(&self) -> Vec<&Array> {
+        self.keys.iter().chain(&self.values).collect()
+    }
+
+    fn make_mask(&self, n_tokens: usize, window: Option<usize>, return_array: bool) -> Result<MaskMode> {
+        mask::growing(n_tokens, self.offset, window, return_array)
+    }
+
+    fn trim(&mut self, n: usize) -> Result<usize> {
+        let n = n.min(self.offset);
+        self.offset -= n;
+        Ok(n)
+    }
+
+    fn checkpoint(&self, _n_tokens: usize) -> Checkpoint {
+        // Rows below the offset outlive any update; a held array would make MLX copy the buffer.
+        Checkpoint(match self.keys {
+            Some(_) => CheckpointKind::Offset(self.offset),
+            None => CheckpointKind::Whole(Box::new(self.copy())),
+        })
+    }
+
+    fn rollback(&mut self, checkpoint: Checkpoint) {
+        match checkpoint.0 {
+            CheckpointKind::Offset(offset) => self.offset = offset,
+            CheckpointKind::Whole(cache) => {
+                if let Cache::Standard(cache) = *cache {
+                    *self = cache;
+                }
+            }
+        }
+    }
+
+    fn copy(&self) -> Cache {
+        Cache::Standard(self.clone())
+    }
+}

@@ -1,0 +1,80 @@
+//! The one error type of the crate. It knows no Python; `python/errors.rs` maps it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Result with this crate's [`Error`], unless another is named.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong, by who is at fault.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A value that the operation cannot take; Python sees `ValueError`.
+    #[error("{op}: expected {expected}, got {got}")]
+    Value {
+        /// The operation, as the caller named it.
+        op: &'static str,
+        /// What it takes.
+        expected: String,
+        /// What it was given.
+        got: String,
+    },
+    /// A value of the wrong type; Python sees `TypeError`.
+    #[error("{op}: expected {expected}, got {got}")]
+    Type {
+        /// The operation, as the caller named it.
+        op: &'static str,
+        /// The type it takes.
+        expected: String,
+        /// The type it was given.
+        got: String,
+    },
+    /// MLX itself failed; Python sees `MlxError`.
+    #[error("{op}: {message}")]
+    Mlx {
+        /// The operation that called MLX.
+        op: &'static str,
+        /// MLX's own words.
+        message: String,
+    },
+    /// A cache file that lies or is damaged; Python sees `CacheFormatError`.
+    #[error("{}: {key}: expected {expected}, got {got}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// The tensor or metadata key, or the part of the file.
+        key: String,
+        /// What the format asks for.
+        expected: String,
+        /// What the file holds.
+        got: String,
+    },
+    /// The operating system refused; Python sees the `OSError` family with errno and file name.
+    #[error("{op} {}: {source}", path.display())]
+    Io {
+        /// The step that failed.
+        op: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// A value that `op` cannot take.
+    pub fn value(op: &'static str, expected: impl Into<String>, got: impl ToString) -> Self {
+        Self::Value { op, expected: expected.into(), got: got.to_string() }
+    }
+
+    /// A part of the file at `path` that is not as the format asks.
+    pub fn format(path: &Path, key: impl Into<String>, expected: impl Into<String>, got: impl ToString) -> Self {
+        Self::Format { path: path.to_owned(), key: key.into(), expected: expected.into(), got: got.to_string() }
+    }
+
+    /// The system's error at `path`.
+    pub fn io(op: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io { op, path: path.to_owned(), source }
+    }
+}

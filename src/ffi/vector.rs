@@ -1,0 +1,78 @@
+//! mlx-c calls that take or give lists of arrays.
+
+use super::array_handle::ArrayHandle;
+use super::{check, check_not_forked, current_stream, error_handler, raw};
+use crate::error::Result;
+use std::sync::{Mutex, PoisonError};
+
+/// Evaluating changes nodes that several handles, on several threads, may share: one thread at a time.
+static EVALUATION: Mutex<()> = Mutex::new(());
+
+/// An owned `mlx_vector_array`; freed on drop.
+struct ArrayVector(raw::mlx_vector_array);
+
+impl ArrayVector {
+    fn new<'a>(op: &'static str, arrays: impl IntoIterator<Item = &'a ArrayHandle>) -> Result<Self> {
+        error_handler::install();
+        // SAFETY: mlx-c allocates an empty vector, which `vector` owns at once.
+        let vector = Self(unsafe { raw::mlx_vector_array_new() });
+        for array in arrays {
+            // SAFETY: a live vector and a live array, whose node the vector shares.
+            check(op, unsafe { raw::mlx_vector_array_append_value(vector.0, array.raw()) })?;
+        }
+        Ok(vector)
+    }
+}
+
+impl Drop for ArrayVector {
+    fn drop(&mut self) {
+        // SAFETY: `self` owns the vector and is gone after this.
+        unsafe { raw::mlx_vector_array_free(self.0) };
+    }
+}
+
+/// Computes the arrays and waits for them.
+pub(crate) fn eval<'a>(op: &'static str, arrays: impl IntoIterator<Item = &'a ArrayHandle>) -> Result<()> {
+    check_not_forked(op)?;
+    let vector = ArrayVector::new(op, arrays)?;
+    let _one = EVALUATION.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: a live vector of live arrays; the lock keeps other handles of these nodes from being evaluated.
+    check(op, unsafe { raw::mlx_eval(vector.0) })
+}
+
+/// Starts computing the arrays.
+pub(crate) fn async_eval<'a>(op: &'static str, arrays: impl IntoIterator<Item = &'a ArrayHandle>) -> Result<()> {
+    check_not_forked(op)?;
+    let vector = ArrayVector::new(op, arrays)?;
+    let _one = EVALUATION.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: as in `eval`.
+    check(op, unsafe { raw::mlx_async_eval(vector.0) })
+}
+
+/// Joins arrays along `axis`; the dtype is the one that all of them promote to.
+pub(crate) fn concatenate(arrays: &[&ArrayHandle], axis: i32) -> Result<ArrayHandle> {
+    let op = "concatenate";
+    let stream = current_stream(op)?;
+    let vector = ArrayVector::new(op, arrays.iter().copied())?;
+    // SAFETY: live vector and stream; `produced` owns the result.
+    ArrayHandle::produced(op, |out| unsafe { raw::mlx_concatenate_axis(out, vector.0, axis, stream) })
+}
+
+/// Affine quantization of the last axis: packed words, scales, biases.
+pub(crate) fn quantize(array: &ArrayHandle, group_size: i32, bits: i32) -> Result<[ArrayHandle; 3]> {
+    let op = "quantize";
+    let stream = current_stream(op)?;
+    let mut vector = ArrayVector::new(op, [])?;
+    let some = |value| raw::mlx_optional_int { value, has_value: true };
+    let no_scale = raw::mlx_array { ctx: std::ptr::null_mut() };
+    // SAFETY: live operands, a static mode name; the empty handle is allowed for `global_scale`.
+    check(op, unsafe {
+        let (group_size, bits) = (some(group_size), some(bits));
+        raw::mlx_quantize(&raw mut vector.0, array.raw(), group_size, bits, c"affine".as_ptr(), no_scale, stream)
+    })?;
+    let get = |index| {
+        // SAFETY: MLX's affine mode gives three arrays; an index past the end is an error, not undefined.
+        ArrayHandle::produced(op, |out| unsafe { raw::mlx_vector_array_get(out, vector.0, index) })
+    };
+    Ok([get(0)?, get(1)?, get(2)?])
+}

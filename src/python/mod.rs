@@ -1,0 +1,61 @@
+//! L6: the Python module `_core`, the only user of PyO3. It converts; it decides nothing about caches or files.
+
+#[expect(unsafe_code, reason = "meets nanobind and CPython")]
+mod bridge;
+
+mod base;
+mod concatenate;
+mod errors;
+mod functions;
+mod kv;
+mod quantized;
+mod rotating;
+mod tree;
+
+use crate::cache::Cache;
+use base::PyCache;
+use concatenate::PyConcatenateKvCache;
+use kv::PyKvCache;
+use pyo3::PyClass;
+use pyo3::exceptions::PyImportError;
+use pyo3::prelude::*;
+use quantized::PyQuantizedKvCache;
+use rotating::PyRotatingKvCache;
+
+/// The Rust core of mlxrs_py. Import `mlxrs_py` instead.
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    let py = module.py();
+    let loaded = crate::ffi::mlx_version();
+    let built = env!("MLXRS_MLX_VERSION");
+    if loaded != built {
+        return Err(PyImportError::new_err(format!("mlxrs_py was built for MLX {built}, but MLX {loaded} is loaded")));
+    }
+    py.import("mlx.core")?;
+    bridge::register(module)?;
+    crate::ffi::remember_process();
+    errors::register(module)?;
+    module.add("__version__", crate::VERSION)?;
+    module.add_class::<PyCache>()?;
+    module.add_class::<PyKvCache>()?;
+    module.add_class::<PyRotatingKvCache>()?;
+    module.add_class::<PyQuantizedKvCache>()?;
+    module.add_class::<PyConcatenateKvCache>()?;
+    functions::register(module)
+}
+
+/// A Python object of the class that stands for `cache`.
+fn cache_to_python(py: Python<'_>, cache: Cache) -> PyResult<Bound<'_, PyAny>> {
+    match cache {
+        Cache::Standard(_) => wrap(py, cache, PyKvCache),
+        Cache::Rotating(_) => wrap(py, cache, PyRotatingKvCache),
+        Cache::Quantized(_) => wrap(py, cache, PyQuantizedKvCache),
+        Cache::Concatenate(_) => wrap(py, cache, PyConcatenateKvCache),
+    }
+}
+
+/// An object of the subclass `subclass` around `cache`.
+fn wrap<C: PyClass<BaseType = PyCache>>(py: Python<'_>, cache: Cache, subclass: C) -> PyResult<Bound<'_, PyAny>> {
+    let initializer = PyClassInitializer::from(PyCache::new(cache)).add_subclass(subclass);
+    Bound::new(py, initializer).map(Bound::into_any)
+}
