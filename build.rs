@@ -26,7 +26,8 @@ fn main() {
     let mlx = mlx_dir();
     let include = mlx.join("include");
     check_version(&include);
-    let mlx_c = mlx_c_dir();
+    let (mlx_c, mlx_c_version) = mlx_c_dir();
+    println!("cargo:rustc-env=MLXRS_MLX_C_VERSION={mlx_c_version}");
     let native = PathBuf::from("native");
 
     let mut build = cxx();
@@ -122,12 +123,13 @@ fn check_version(include: &Path) {
 }
 
 /// The sources of mlx-c inside the crate `mlx-sys`, which cargo fetched and checked but never builds.
-fn mlx_c_dir() -> PathBuf {
+fn mlx_c_dir() -> (PathBuf, String) {
     let metadata =
         cargo_metadata::MetadataCommand::new().exec().unwrap_or_else(|e| stop(&format!("cargo metadata failed: {e}")));
     let package = metadata.packages.iter().find(|package| package.name.as_str() == "mlx-sys");
-    let manifest = package.unwrap_or_else(|| stop("cargo metadata knows no mlx-sys: is Cargo.lock complete?"));
-    manifest.manifest_path.with_file_name("src").join("mlx-c").into()
+    let package = package.unwrap_or_else(|| stop("cargo metadata knows no mlx-sys: is Cargo.lock complete?"));
+    let dir = package.manifest_path.with_file_name("src").join("mlx-c");
+    (dir.into(), format!("of mlx-sys {}", package.version))
 }
 
 /// nanobind and the file that meets Python's `mlx.core.array`.

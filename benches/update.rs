@@ -1,1 +1,2 @@
+//! Host time of cache updates.
 fn main() {}

@@ -1,4 +1,7 @@
-"""Prompt caches for mlx-lm, in Rust: fast, durable, bit-exact."""
+"""Prompt caches for mlx-lm, in Rust: fast, durable, bit-exact.
+
+``mlxrs_py.cache`` has the names of ``mlx_lm.models.cache``; the functions here run and save whole prompts.
+"""
 
 from importlib.metadata import version as _installed_version
 
@@ -6,10 +9,29 @@ from importlib.metadata import version as _installed_version
 _MLX_VERSION = "0.32.4"
 
 if (_found := _installed_version("mlx")) != _MLX_VERSION:
-    raise ImportError(f"mlxrs_py is built for MLX {_MLX_VERSION}, but MLX {_found} is installed: pip install mlx=={_MLX_VERSION}")
+    raise ImportError(
+        f"mlxrs_py is built for MLX {_MLX_VERSION}, but MLX {_found} is installed: pip install mlx=={_MLX_VERSION}"
+    )
 
-import mlx.core  # noqa: E402, F401  (loads libmlx, which the core then shares)
+# mlx.core loads libmlx, which the core then finds by its name and shares.
+import mlx.core  # noqa: E402, F401
 
-from mlxrs_py._core import CacheFormatError, MlxError, MlxrsError, __version__  # noqa: E402
+from mlxrs_py import cache  # noqa: E402
+from mlxrs_py._core import CacheFormatError, MlxError, MlxrsError, __version__, build_info  # noqa: E402
+from mlxrs_py.cache import CacheConfig  # noqa: E402
+from mlxrs_py.prefill import prefill  # noqa: E402
+from mlxrs_py.prompt import PromptInfo, cache_prompt, cache_prompt_ids  # noqa: E402
 
-__all__ = ["CacheFormatError", "MlxError", "MlxrsError", "__version__"]
+__all__ = [
+    "CacheConfig",
+    "CacheFormatError",
+    "MlxError",
+    "MlxrsError",
+    "PromptInfo",
+    "__version__",
+    "build_info",
+    "cache",
+    "cache_prompt",
+    "cache_prompt_ids",
+    "prefill",
+]

@@ -68,6 +68,11 @@ impl Array {
         from_mlx(self.0.dtype())
     }
 
+    /// Length of `axis`, or 0 if there is none.
+    pub fn dim_or(&self, axis: usize) -> usize {
+        self.shape().get(axis).map_or(0, |&dim| dim as usize)
+    }
+
     /// Bytes that the elements take, wherever they lie.
     pub fn n_bytes(&self) -> usize {
         self.shape().iter().map(|&dim| dim as usize).product::<usize>() * self.dtype().size()
@@ -114,6 +119,17 @@ impl Array {
         let mut start = vec![0; self.shape().len()];
         let mut stop = self.shape().to_vec();
         (start[0], stop[0]) = (from as i32, to as i32);
+        self.0.slice(&start, &stop).map(Self)
+    }
+
+    /// Element `at` of axis 1, which stays with length 1.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if MLX fails.
+    pub fn slice_axis_1(&self, at: usize) -> Result<Self> {
+        let mut start = vec![0; self.shape().len()];
+        let mut stop = self.shape().to_vec();
+        (start[1], stop[1]) = (at as i32, at as i32 + 1);
         self.0.slice(&start, &stop).map(Self)
     }
 

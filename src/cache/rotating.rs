@@ -171,8 +171,9 @@ impl KvCache for RotatingKvCache {
         let Ring { offset, max_size, keep, .. } = self.ring;
         let window = window.filter(|&window| window > 0);
         if n_tokens == 1 {
-            // All rows that the ring holds are visible, unless the model looks back less far.
-            let Some(window) = window.filter(|&window| offset >= window && max_size > window) else {
+            // Every row that the ring holds is visible, unless the model looks back less far.
+            let hides = |&window: &usize| offset >= window && (keep > 0 || max_size > window);
+            let Some(window) = window.filter(hides) else {
                 return Ok(MaskMode::None);
             };
             return mask_one(&self.ring, window).map(MaskMode::Array);

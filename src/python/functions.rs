@@ -1,10 +1,19 @@
-//! Module-level functions of the caches.
+//! The smaller functions of the module.
+
 use super::base::{count, mask_to_python};
-use crate::cache::mask;
+use super::cache_to_python;
+use crate::cache::{CacheConfig, make_prompt_cache, mask};
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_function(wrap_pyfunction!(create_attention_mask, module)?)
+    module.add_function(wrap_pyfunction!(create_attention_mask, module)?)?;
+    module.add_function(wrap_pyfunction!(blake3_hex, module)?)?;
+    module.add_function(wrap_pyfunction!(build_info, module)?)?;
+    module.add_function(wrap_pyfunction!(live_handles, module)?)?;
+    module.add_function(wrap_pyfunction!(make_prompt_cache_from_config, module)?)?;
+    module.add_function(wrap_pyfunction!(super::foreign::adopt, module)?)?;
+    module.add_function(wrap_pyfunction!(super::prefill::prefill, module)?)
 }
 
 /// The mask of a cache that keeps every row: None, "causal", or a bool array (N, offset + N).
@@ -22,4 +31,47 @@ fn create_attention_mask(
     let (n_tokens, offset) = (count(op, "N", N)?, count(op, "offset", offset)?);
     let window = window_size.map(|window| count(op, "window_size", window)).transpose()?;
     mask_to_python(py, mask::growing(n_tokens, offset, window, return_array)?)
+}
+
+/// One fresh cache per layer: RotatingKVCache(sliding_window, keep=0) if there is a window, else KVCache.
+#[pyfunction]
+fn make_prompt_cache_from_config(
+    py: Python<'_>,
+    num_hidden_layers: i64,
+    sliding_window: Option<i64>,
+) -> PyResult<Bound<'_, PyList>> {
+    let op = "CacheConfig";
+    let config = CacheConfig {
+        num_hidden_layers: count(op, "num_hidden_layers", num_hidden_layers)?,
+        sliding_window: sliding_window.map(|window| count(op, "sliding_window", window)).transpose()?,
+    };
+    let caches = make_prompt_cache(&config)?.into_iter().map(|cache| cache_to_python(py, cache));
+    PyList::new(py, caches.collect::<PyResult<Vec<_>>>()?)
+}
+
+/// BLAKE3 of some bytes, as 64 hex digits.
+#[pyfunction]
+fn blake3_hex(py: Python<'_>, data: &[u8]) -> String {
+    py.detach(|| blake3::hash(data).to_hex().to_string())
+}
+
+/// What the core was built from, and the device that it runs on now.
+#[pyfunction]
+fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", crate::VERSION)?;
+    info.set_item("mlx", crate::ffi::mlx_version())?;
+    info.set_item("mlx_c", env!("MLXRS_MLX_C_VERSION"))?;
+    info.set_item("compiler", env!("MLXRS_COMPILER"))?;
+    info.set_item("features", ["python"])?;
+    info.set_item("debug", cfg!(debug_assertions))?;
+    info.set_item("device", py.import("mlx.core")?.call_method0("default_device")?.str()?)?;
+    Ok(info)
+}
+
+/// Array handles alive now; counted in debug builds only.
+#[pyfunction]
+#[pyo3(name = "_live_handles")]
+fn live_handles() -> usize {
+    crate::live_handles()
 }

@@ -1,1 +1,7 @@
-//! tests
+//! All Rust tests outside the sources, in one binary: one module per layer.
+#![allow(missing_docs, clippy::unwrap_used, clippy::pedantic)]
+
+mod array;
+mod caches;
+mod mock;
+mod prefill;

@@ -1,0 +1,161 @@
+//! Caches of other Python classes: read for files, adopted as ours, put back after an interrupted prefill.
+
+use super::base::PyCache;
+use super::bridge::PyArray;
+use super::cache_to_python;
+use super::tree::from_python;
+use crate::array::Array;
+use crate::cache::{Cache, CacheState, Checkpoint};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyList, PyTuple, PyType};
+
+/// The module whose classes we stand for.
+const REFERENCE: &str = "mlx_lm.models.cache";
+
+/// True if the class of `cache` is exactly mlx-lm's class of that name.
+fn is_reference(class: &Bound<'_, PyType>, names: &[&str]) -> PyResult<bool> {
+    let name = class.name()?;
+    Ok(names.contains(&name.to_str()?) && class.module()? == REFERENCE)
+}
+
+/// Class name and state of any cache that has mlx-lm's `state`.
+pub(super) fn cache_state(cache: &Bound<'_, PyAny>) -> PyResult<CacheState<Array>> {
+    if let Ok(own) = cache.cast::<PyCache>() {
+        return own.get().cache_state();
+    }
+    let class = cache.get_type().name()?.to_str()?.to_owned();
+    let Ok(state) = cache.getattr("state") else {
+        return Err(PyTypeError::new_err(format!("expected a cache with a state, got {class}")));
+    };
+    Ok(CacheState { class, state: from_python(&state)? })
+}
+
+/// Replaces mlx-lm's caches by ours with the same parameters, tokens and buffers, which are shared until one of the
+/// two writes; inside CacheLists too, in place. Caches of other classes stay. Gives a new list.
+#[pyfunction]
+pub(super) fn adopt<'py>(caches: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
+    let adopted = caches.try_iter()?.map(|cache| adopt_one(cache?)).collect::<PyResult<Vec<_>>>()?;
+    PyList::new(caches.py(), adopted)
+}
+
+fn adopt_one(cache: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
+    let class = cache.get_type();
+    if is_reference(&class, &["CacheList"])? {
+        let children = adopt(&cache.getattr("caches")?)?;
+        cache.setattr("caches", children.to_tuple())?;
+        return Ok(cache);
+    }
+    let name = class.name()?;
+    if !is_reference(&class, &["KVCache", "RotatingKVCache", "QuantizedKVCache", "ConcatenateKVCache"])? {
+        return Ok(cache);
+    }
+    let mut ours = Cache::from_state(CacheState {
+        class: name.to_str()?.to_owned(),
+        state: from_python(&cache.getattr("state")?)?,
+    })?;
+    ours.set_step(cache.getattr("step").and_then(|step| step.extract()).unwrap_or(crate::cache::STEP));
+    cache_to_python(cache.py(), ours)
+}
+
+/// Every array that `cache` holds: what the memory barrier evaluates.
+pub(super) fn collect_arrays(cache: &Bound<'_, PyAny>, arrays: &mut Vec<Array>) -> PyResult<()> {
+    if let Ok(own) = cache.cast::<PyCache>() {
+        return own.get().read(|cache| arrays.extend(cache.buffers().into_iter().cloned()));
+    }
+    if let Ok(children) = cache.getattr("caches") {
+        return children.try_iter()?.try_for_each(|child| collect_arrays(&child?, arrays));
+    }
+    cache_state(cache)?.state.for_each_array(&mut |array| arrays.push(array.clone()));
+    Ok(())
+}
+
+/// The way back to where a cache stood before a window.
+pub(super) enum Snapshot<'py> {
+    /// One of ours: the core knows.
+    Own(Checkpoint),
+    /// A growing cache of mlx-lm: rows below the offset outlive the window, and holding its buffer would copy it.
+    Offset(Bound<'py, PyAny>),
+    /// A list of caches.
+    Children(Vec<(Bound<'py, PyAny>, Snapshot<'py>)>),
+    /// Any other: its state, as new array objects, since mlx-lm writes into the old ones.
+    State(Bound<'py, PyAny>),
+    /// No state that could be put back.
+    Nothing,
+}
+
+impl<'py> Snapshot<'py> {
+    pub(super) fn take(cache: &Bound<'py, PyAny>, n_tokens: usize) -> PyResult<Self> {
+        if let Ok(own) = cache.cast::<PyCache>() {
+            return own.get().read(|cache| Self::Own(cache.checkpoint(n_tokens)));
+        }
+        let class = cache.get_type();
+        if is_reference(&class, &["KVCache", "QuantizedKVCache"])? && !cache.getattr("keys")?.is_none() {
+            return Ok(Self::Offset(cache.getattr("offset")?));
+        }
+        if is_reference(&class, &["CacheList"])? {
+            let children = cache.getattr("caches")?.try_iter()?;
+            let children =
+                children.map(|child| child.and_then(|child| Ok((child.clone(), Self::take(&child, n_tokens)?))));
+            return Ok(Self::Children(children.collect::<PyResult<_>>()?));
+        }
+        match cache.getattr("state") {
+            Ok(state) => Ok(Self::State(renew(&state)?)),
+            Err(_) => Ok(Self::Nothing),
+        }
+    }
+
+    pub(super) fn put_back(self, cache: &Bound<'py, PyAny>) -> PyResult<()> {
+        match self {
+            Self::Own(checkpoint) => {
+                cache.cast::<PyCache>()?.get().lock()?.as_dyn_mut().rollback(checkpoint);
+                Ok(())
+            }
+            Self::Offset(offset) => {
+                level_buffers(cache)?;
+                cache.setattr("offset", offset)
+            }
+            Self::Children(children) => {
+                children.into_iter().try_for_each(|(child, snapshot)| snapshot.put_back(&child))
+            }
+            Self::State(state) => cache.setattr("state", state),
+            Self::Nothing => Ok(()),
+        }
+    }
+}
+
+/// The same tree with new array objects around the same data.
+fn renew<'py>(state: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    let py = state.py();
+    if let Ok(array) = state.extract::<PyArray>() {
+        return array.into_pyobject(py);
+    }
+    if state.is_instance_of::<PyList>() {
+        let items = state.try_iter()?.map(|item| renew(&item?)).collect::<PyResult<Vec<_>>>()?;
+        return PyList::new(py, items).map(Bound::into_any);
+    }
+    if state.is_instance_of::<PyTuple>() {
+        let items = state.try_iter()?.map(|item| renew(&item?)).collect::<PyResult<Vec<_>>>()?;
+        return PyTuple::new(py, items).map(Bound::into_any);
+    }
+    Ok(state.clone())
+}
+
+/// mlx-lm's cache may have been interrupted between growing its keys and its values: cuts both to the shorter.
+fn level_buffers(cache: &Bound<'_, PyAny>) -> PyResult<()> {
+    let lengths = |name: &str| -> PyResult<Vec<usize>> {
+        let mut arrays = Vec::new();
+        from_python(&cache.getattr(name)?)?.for_each_array(&mut |array| arrays.push(array.dim(2)));
+        Ok(arrays)
+    };
+    let all: Vec<usize> = lengths("keys")?.into_iter().chain(lengths("values")?).collect();
+    let Some(&shortest) = all.iter().min() else { return Ok(()) };
+    if all.iter().all(|&length| length == shortest) {
+        return Ok(());
+    }
+    for name in ["keys", "values"] {
+        let cut = from_python(&cache.getattr(name)?)?.try_map(&mut |array: Array| array.rows(0, shortest))?;
+        cache.setattr(name, super::tree::to_python(cache.py(), cut)?)?;
+    }
+    Ok(())
+}

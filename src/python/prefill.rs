@@ -1,0 +1,243 @@
+//! `prefill`: the core's loop over a Python model and Python caches, ours or others.
+
+use super::base::count;
+use super::bridge::PyArray;
+use super::foreign::Snapshot;
+use crate::array::{self, Array};
+use crate::prefill::{Steps, run};
+use pyo3::exceptions::{PyNotImplementedError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use std::ops::Range;
+
+/// Runs `tokens` through `model` in windows of `step_size` and gives the logits (1, V) of the last token, evaluated.
+///
+/// The windows, the memory barrier after each and the points where caches are quantized are those of mlx-lm 0.32.2's
+/// `generate_step(max_tokens=0)`. If anything is raised, Ctrl-C included, every cache is put back to the end of the
+/// last whole window first.
+#[pyfunction]
+#[pyo3(signature = (model, tokens, cache, *, step_size = 2048, input_embeddings = None, kv_bits = None, kv_group_size = 64, quantized_kv_start = 5000, progress = None))]
+#[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
+pub(super) fn prefill<'py>(
+    py: Python<'py>,
+    model: Bound<'py, PyAny>,
+    tokens: Bound<'py, PyAny>,
+    cache: Bound<'py, PyAny>,
+    step_size: i64,
+    input_embeddings: Option<Bound<'py, PyAny>>,
+    kv_bits: Option<i64>,
+    kv_group_size: i64,
+    quantized_kv_start: i64,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let op = "prefill";
+    crate::ffi::check_not_forked(op)?;
+    if step_size < 1 {
+        return Err(PyValueError::new_err(format!("prefill: expected step_size of at least 1, got {step_size}")));
+    }
+    let embeddings =
+        input_embeddings.map(|embeddings| embeddings.extract::<PyArray>()).transpose()?.map(|array| array.0);
+    let tokens = token_array(&tokens)?;
+    let total = total_tokens(&tokens, embeddings.as_ref())?;
+    if embeddings.is_some() && !accepts(&model, "input_embeddings")? {
+        return Err(PyValueError::new_err(
+            "prefill: expected a model that takes input_embeddings, got one that does not",
+        ));
+    }
+    let quantization = kv_bits.map(|bits| Quantization { bits, group_size: kv_group_size, start: quantized_kv_start });
+    if let Some(quantization) = &quantization {
+        quantization.check(&cache, count(op, "total", total as i64)?)?;
+    }
+    let progress = progress.filter(|progress| !progress.is_none());
+    let mut steps =
+        PySteps { py, model, tokens, embeddings, cache, quantization, progress, before: Vec::new(), logits: None };
+    run(&mut steps, total, count(op, "step_size", step_size)?)?;
+    let logits = steps.logits.ok_or_else(|| PyTypeError::new_err("prefill: the model gave no logits"))?;
+    PyArray(logits).into_pyobject(py)
+}
+
+/// Token ids (P,) from a list, a NumPy array or an mlx array.
+fn token_array(tokens: &Bound<'_, PyAny>) -> PyResult<Array> {
+    let array = match tokens.extract::<PyArray>() {
+        Ok(array) => array.0,
+        Err(_) => tokens.py().import("mlx.core")?.call_method1("array", (tokens,))?.extract::<PyArray>()?.0,
+    };
+    let is_float = array.dtype().is_float() && array.dim_or(0) > 0;
+    if array.shape().len() != 1 || is_float {
+        let got = format!("{array:?}");
+        return Err(PyValueError::new_err(format!("prefill: expected token ids (P,) of an integer type, got {got}")));
+    }
+    Ok(array)
+}
+
+/// Length of the prompt, of which tokens and embeddings must agree unless there are embeddings alone.
+fn total_tokens(tokens: &Array, embeddings: Option<&Array>) -> PyResult<usize> {
+    let n_tokens = tokens.dim(0);
+    let total = match embeddings {
+        None => n_tokens,
+        Some(embeddings) if n_tokens == 0 || n_tokens == embeddings.dim_or(0) => embeddings.dim_or(0),
+        Some(embeddings) => {
+            let got = format!("{n_tokens} tokens and embeddings {:?}", embeddings.shape());
+            return Err(PyValueError::new_err(format!(
+                "prefill: expected tokens and embeddings of one length, got {got}"
+            )));
+        }
+    };
+    if total == 0 {
+        return Err(PyValueError::new_err("prefill: expected at least one token, got an empty prompt"));
+    }
+    Ok(total)
+}
+
+/// True if the callable `model` takes the keyword `name`, or cannot be asked.
+fn accepts(model: &Bound<'_, PyAny>, name: &str) -> PyResult<bool> {
+    let py = model.py();
+    let inspect = py.import("inspect")?;
+    let Ok(signature) = inspect.call_method1("signature", (model,)) else { return Ok(true) };
+    let parameters = signature.getattr("parameters")?;
+    let any = inspect.getattr("Parameter")?.getattr("VAR_KEYWORD")?;
+    for parameter in parameters.call_method0("values")?.try_iter()? {
+        let parameter = parameter?;
+        if parameter.getattr("name")?.eq(name)? || parameter.getattr("kind")?.eq(&any)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// When and how caches are quantized on the way.
+struct Quantization {
+    bits: i64,
+    group_size: i64,
+    start: i64,
+}
+
+impl Quantization {
+    /// Finds out before any work what would fail in its middle.
+    fn check(&self, cache: &Bound<'_, PyAny>, total: usize) -> PyResult<()> {
+        if !cache.is_instance_of::<PyList>() {
+            let got = cache.get_type().qualname()?;
+            return Err(PyTypeError::new_err(format!("prefill: with kv_bits, expected a list of caches, got {got}")));
+        }
+        crate::cache::QuantizedKvCache::new(
+            count("prefill", "kv_group_size", self.group_size)?,
+            count("prefill", "kv_bits", self.bits)?,
+        )?;
+        for cache in cache.try_iter()? {
+            let cache = cache?;
+            let class = cache.get_type();
+            let is_ring = cache.hasattr("max_size")? && cache.hasattr("to_quantized")?;
+            let offset = cache.getattr("offset").and_then(|offset| offset.extract::<i64>()).unwrap_or(0);
+            if is_ring && offset + total as i64 >= self.start {
+                let name = class.qualname()?;
+                return Err(PyNotImplementedError::new_err(format!("prefill: kv_bits is not supported for {name}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces the caches that are long enough, in the caller's list.
+    fn apply(&self, cache: &Bound<'_, PyAny>) -> PyResult<()> {
+        let list = cache.cast::<PyList>()?;
+        for (index, cache) in list.iter().enumerate() {
+            if cache.hasattr("to_quantized")? && cache.getattr("offset")?.ge(self.start)? {
+                let arguments = PyDict::new(list.py());
+                arguments.set_item("group_size", self.group_size)?;
+                arguments.set_item("bits", self.bits)?;
+                list.set_item(index, cache.call_method("to_quantized", (), Some(&arguments))?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+struct PySteps<'py> {
+    py: Python<'py>,
+    model: Bound<'py, PyAny>,
+    tokens: Array,
+    embeddings: Option<Array>,
+    cache: Bound<'py, PyAny>,
+    quantization: Option<Quantization>,
+    progress: Option<Bound<'py, PyAny>>,
+    /// The caches before the current window, and how to get each back.
+    before: Vec<(Bound<'py, PyAny>, Snapshot<'py>)>,
+    logits: Option<Array>,
+}
+
+impl PySteps<'_> {
+    /// Evaluates without the GIL, on this thread, which owns the streams.
+    fn eval(&self, arrays: Vec<Array>) -> PyResult<()> {
+        Ok(self.py.detach(move || array::eval("prefill", &arrays))?)
+    }
+}
+
+impl Steps for PySteps<'_> {
+    type Error = PyErr;
+
+    fn checkpoint(&mut self, n_tokens: usize) -> PyResult<()> {
+        self.before.clear();
+        for cache in self.cache.try_iter()? {
+            let cache = cache?;
+            let snapshot = Snapshot::take(&cache, n_tokens)?;
+            self.before.push((cache, snapshot));
+        }
+        Ok(())
+    }
+
+    fn rollback(&mut self) {
+        for (index, (cache, snapshot)) in self.before.drain(..).enumerate() {
+            // A cache that was replaced by a quantized one comes back itself.
+            let list = self.cache.cast::<PyList>().map(|list| list.set_item(index, &cache));
+            if let Err(error) = snapshot.put_back(&cache).and(list.unwrap_or(Ok(()))) {
+                tracing::error!(%error, "a cache could not be put back");
+            }
+        }
+    }
+
+    fn forward(&mut self, window: Range<usize>) -> PyResult<()> {
+        let py = self.py;
+        let tokens = if self.tokens.dim(0) == 0 {
+            self.tokens.reshape(&[1, 0])?
+        } else {
+            self.tokens.take_first_axis(window.start, window.end)?.reshape(&[1, -1])?
+        };
+        let arguments = PyDict::new(py);
+        arguments.set_item("cache", &self.cache)?;
+        if let Some(embeddings) = &self.embeddings {
+            let shape = embeddings.shape();
+            let batch: Vec<i32> = [1, window.len() as i32].into_iter().chain(shape[1..].iter().copied()).collect();
+            let embeddings = embeddings.take_first_axis(window.start, window.end)?.reshape(&batch)?;
+            arguments.set_item("input_embeddings", PyArray(embeddings))?;
+        }
+        let logits = self.model.call((PyArray(tokens),), Some(&arguments))?.extract::<PyArray>()?.0;
+        self.logits = Some(logits);
+        self.quantization.as_ref().map_or(Ok(()), |quantization| quantization.apply(&self.cache))
+    }
+
+    fn barrier(&mut self) -> PyResult<()> {
+        self.logits = None;
+        let mut arrays = Vec::new();
+        for cache in self.cache.try_iter()? {
+            super::foreign::collect_arrays(&cache?, &mut arrays)?;
+        }
+        self.eval(arrays)?;
+        Ok(array::clear_memory_cache()?)
+    }
+
+    fn finish(&mut self) -> PyResult<()> {
+        let Some(logits) = self.logits.take() else { return Ok(()) };
+        let [_, length, vocabulary] = logits.shape() else {
+            let got = format!("{logits:?}");
+            return Err(PyValueError::new_err(format!("prefill: expected logits (1, S, V) from the model, got {got}")));
+        };
+        let last = logits.slice_axis_1(*length as usize - 1)?.reshape(&[1, *vocabulary])?;
+        self.logits = Some(last.clone());
+        self.eval(vec![last])
+    }
+
+    fn progress(&mut self, done: usize, total: usize) -> PyResult<()> {
+        // Here, between two windows, nothing has to be undone.
+        self.py.check_signals()?;
+        self.progress.as_ref().map_or(Ok(()), |progress| progress.call1((done, total)).map(|_| ()))
+    }
+}
