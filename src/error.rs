@@ -64,7 +64,7 @@ pub enum Error {
 
 impl Error {
     /// A value that `op` cannot take.
-    pub fn value(op: &'static str, expected: impl Into<String>, got: impl ToString) -> Self {
+    pub fn value(op: &'static str, expected: impl Into<String>, got: impl std::fmt::Display) -> Self {
         Self::Value { op, expected: expected.into(), got: got.to_string() }
     }
 

@@ -17,6 +17,7 @@ pub use rotating::RotatingKvCache;
 pub use standard::StandardKvCache;
 pub use state::{CacheState, State};
 pub use tensor::KvTensor;
+pub(crate) use tensor::zero_rows;
 
 use crate::array::{self, Array, Dtype};
 use crate::error::{Error, Result};
@@ -215,6 +216,11 @@ impl Cache {
             "ConcatenateKVCache" => Self::Concatenate(ConcatenateKvCache::default()),
             _ => return None,
         })
+    }
+
+    /// Class name and state, as files know them.
+    pub fn cache_state(&self) -> CacheState<Array> {
+        CacheState { class: self.as_dyn().reference_class_name().to_owned(), state: self.as_dyn().state() }
     }
 
     /// A cache with the state of a file or of another implementation.

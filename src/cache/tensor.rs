@@ -68,7 +68,7 @@ pub(super) fn check_update(
 }
 
 /// Zeros shaped like `like` but with `rows` rows.
-pub(super) fn zero_rows(like: &Array, rows: usize) -> Result<Array> {
+pub(crate) fn zero_rows(like: &Array, rows: usize) -> Result<Array> {
     let shape = like.shape();
     Array::zeros(&[shape[0], shape[1], rows as i32, shape[3]], like.dtype())
 }

@@ -1,1 +1,13 @@
-//! tmp
+//! L4: cache files. Reading and writing; which model filled the caches is not known here.
+
+pub mod atomic;
+pub mod header;
+mod reader;
+pub mod wire;
+mod writer;
+
+pub use atomic::effective_safetensors_path;
+pub use header::TensorInfo;
+pub use reader::{CacheFile, load_prompt_cache};
+pub use wire::{Format, check_metadata};
+pub use writer::{SaveOptions, Saved, save_prompt_cache, write_states};

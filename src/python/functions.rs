@@ -8,6 +8,9 @@ use pyo3::types::{PyDict, PyList};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(create_attention_mask, module)?)?;
+    module.add_function(wrap_pyfunction!(super::files::save_prompt_cache, module)?)?;
+    module.add_function(wrap_pyfunction!(super::files::load_prompt_cache, module)?)?;
+    module.add_function(wrap_pyfunction!(super::files::inspect_file, module)?)?;
     module.add_function(wrap_pyfunction!(blake3_hex, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)?;
     module.add_function(wrap_pyfunction!(live_handles, module)?)?;

@@ -6,6 +6,7 @@ mod bridge;
 mod base;
 mod concatenate;
 mod errors;
+mod files;
 mod foreign;
 mod functions;
 mod kv;

@@ -39,8 +39,8 @@ fn an_error_of_one_thread_is_not_seen_by_another() {
 #[test]
 fn a_scalar_and_an_empty_array_have_bytes() {
     assert_eq!(Array::scalar(7).to_bytes().unwrap(), 7_i32.to_ne_bytes());
-    assert_eq!(Array::zeros(&[0], Dtype::F32).unwrap().to_bytes().unwrap(), []);
-    assert_eq!(Array::zeros(&[1, 0, 3], Dtype::F32).unwrap().to_bytes().unwrap(), []);
+    assert!(Array::zeros(&[0], Dtype::F32).unwrap().to_bytes().unwrap().is_empty());
+    assert!(Array::zeros(&[1, 0, 3], Dtype::F32).unwrap().to_bytes().unwrap().is_empty());
 }
 
 #[test]

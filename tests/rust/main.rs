@@ -2,6 +2,10 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::pedantic)]
 
 mod array;
+mod atomic;
 mod caches;
+mod files;
+mod kill;
 mod mock;
 mod prefill;
+mod prompt;

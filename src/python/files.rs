@@ -1,0 +1,123 @@
+//! Saving, loading and looking into cache files.
+
+use super::cache_to_python;
+use super::foreign::cache_state;
+use super::tree::to_python;
+use crate::array::Array;
+use crate::cache::schema::Class;
+use crate::cache::{Cache, CacheState, State};
+use crate::persist::{CacheFile, Format, SaveOptions, TensorInfo, write_states};
+use pyo3::IntoPyObjectExt;
+use pyo3::exceptions::{PyImportError, PyTypeError};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Saves caches, ours or mlx-lm's, into one safetensors file, and gives its path.
+///
+/// The file appears whole or not at all, and holds the valid rows only.
+#[pyfunction]
+#[pyo3(signature = (file_name, cache, metadata = None, *, format = "0.32", padded = false, durable = true))]
+pub(super) fn save_prompt_cache(
+    py: Python<'_>,
+    file_name: PathBuf,
+    cache: &Bound<'_, PyAny>,
+    metadata: Option<&Bound<'_, PyAny>>,
+    format: &str,
+    padded: bool,
+    durable: bool,
+) -> PyResult<()> {
+    let options = SaveOptions { format: format.parse::<Format>()?, padded, durable };
+    let metadata = metadata.map_or_else(|| Ok(BTreeMap::new()), metadata_from_python)?;
+    let states = cache.try_iter()?.map(|cache| cache_state(&cache?)).collect::<PyResult<Vec<_>>>()?;
+    // On this thread, which owns the streams of lazy arrays, but without the GIL: the disk may be slow.
+    py.detach(|| write_states(&file_name, states, &metadata, &options))?;
+    Ok(())
+}
+
+fn metadata_from_python(metadata: &Bound<'_, PyAny>) -> PyResult<BTreeMap<String, String>> {
+    let text = |object: Bound<'_, PyAny>, what: &str| -> PyResult<String> {
+        match object.cast::<PyString>() {
+            Ok(text) => Ok(text.to_str()?.to_owned()),
+            Err(_) => {
+                let got = object.repr()?;
+                Err(PyTypeError::new_err(format!(
+                    "save_prompt_cache: expected a metadata {what} of type str, got {got}"
+                )))
+            }
+        }
+    };
+    let metadata = metadata
+        .cast::<PyDict>()
+        .map_err(|_| PyTypeError::new_err("save_prompt_cache: expected metadata to be a dict of strings"))?;
+    metadata.iter().map(|(key, value)| Ok((text(key, "key")?, text(value, "value")?))).collect()
+}
+
+/// Loads the caches of a file that we or mlx-lm wrote, in either format. With `return_metadata` a pair
+/// (caches, metadata).
+#[pyfunction]
+#[pyo3(signature = (file_name, return_metadata = false))]
+pub(super) fn load_prompt_cache(
+    py: Python<'_>,
+    file_name: PathBuf,
+    return_metadata: bool,
+) -> PyResult<Bound<'_, PyAny>> {
+    let (states, metadata) = py.detach(|| CacheFile::open(&file_name)?.read())?;
+    let caches = states.into_iter().map(|state| build(py, state)).collect::<PyResult<Vec<_>>>()?;
+    let caches = PyList::new(py, caches)?;
+    if return_metadata { (caches, metadata).into_bound_py_any(py) } else { Ok(caches.into_any()) }
+}
+
+/// A cache of our class of that name, or of mlx-lm's where we have none yet.
+fn build(py: Python<'_>, state: CacheState<Array>) -> PyResult<Bound<'_, PyAny>> {
+    if Cache::of_class(&state.class).is_some() {
+        return cache_to_python(py, Cache::from_state(state)?);
+    }
+    let module = py.import("mlx_lm.models.cache").map_err(|error| {
+        let message =
+            format!("load_prompt_cache: the file holds a {}, which needs mlx-lm: pip install mlx-lm", state.class);
+        let import = PyImportError::new_err(message);
+        import.set_cause(py, Some(error));
+        import
+    })?;
+    module.getattr(state.class.as_str())?.call_method1("from_state", (to_python(py, state.state)?,))
+}
+
+/// What a cache file holds, from its header alone: format, metadata, and per layer class, offset and tensors.
+#[pyfunction]
+pub(super) fn inspect_file(py: Python<'_>, file_name: PathBuf) -> PyResult<Bound<'_, PyDict>> {
+    let file = py.detach(|| CacheFile::open(&file_name))?;
+    let info = PyDict::new(py);
+    info.set_item("file", file.path())?;
+    info.set_item("format", file.format.to_string())?;
+    info.set_item("metadata", &file.metadata)?;
+    let layers = file.caches.iter().map(|cache| inspect_layer(py, cache)).collect::<PyResult<Vec<_>>>()?;
+    info.set_item("layers", layers)?;
+    Ok(info)
+}
+
+fn inspect_layer<'py>(py: Python<'py>, cache: &CacheState<TensorInfo>) -> PyResult<Bound<'py, PyDict>> {
+    let layer = PyDict::new(py);
+    layer.set_item("class", &cache.class)?;
+    layer.set_item("offset", offset(cache))?;
+    let mut tensors: Vec<&TensorInfo> = Vec::new();
+    cache.state.for_each_array(&mut |tensor| tensors.push(tensor));
+    let first = tensors.first();
+    layer.set_item("shape", first.map(|tensor| PyTuple::new(py, &tensor.shape)).transpose()?)?;
+    layer.set_item("dtype", first.map(|tensor| tensor.dtype.safetensors_name()))?;
+    layer.set_item("n_bytes", tensors.iter().map(|tensor| tensor.n_bytes()).sum::<u64>())?;
+    Ok(layer)
+}
+
+/// The count of tokens, if the class has one for the whole cache.
+fn offset(cache: &CacheState<TensorInfo>) -> Option<i64> {
+    let State::List(items) = &cache.state else { return None };
+    let at = Class::find(&cache.class)?.fields.iter().position(|field| field.name == "offset");
+    match (at.and_then(|at| items.get(at)), items.first()) {
+        (Some(State::Int(offset)), _) => Some(*offset),
+        // ConcatenateKVCache counts its rows.
+        (None, Some(State::Array(keys))) if keys.shape.len() == 4 => keys.shape.get(2).map(|&rows| rows as i64),
+        _ => None,
+    }
+}
