@@ -10,7 +10,6 @@ import gc
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -165,10 +164,8 @@ def prefill() -> None:
 
 
 def main() -> None:
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],  # noqa: S603, S607
-                            capture_output=True, text=True, check=False).stdout.strip()
     print(f"python {platform.python_version()}, mlx {mx.__version__}, mlxrs_py {mlxrs_py.build_info()}")
-    print(f"device {mx.default_device()} {driver}")
+    print(f"device {mx.default_device()} {mx.device_info()}")
     parity(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
     update_times()
     with tempfile.TemporaryDirectory() as folder:
