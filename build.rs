@@ -156,11 +156,11 @@ fn bridge(native: &Path, include: &Path) {
 /// mlx-c's names for Rust, by bindgen.
 #[expect(unsafe_code, reason = "sets the variable by which bindgen finds libclang")]
 fn bind(mlx_c: &Path, native: &Path) {
-    if env::var_os("LIBCLANG_PATH").is_none() {
-        if let Some(clang) = package_dir("clang", "native") {
-            // SAFETY: a build script with one thread; bindgen reads the variable when it loads libclang.
-            unsafe { env::set_var("LIBCLANG_PATH", clang.join("native")) };
-        }
+    if env::var_os("LIBCLANG_PATH").is_none()
+        && let Some(clang) = package_dir("clang", "native")
+    {
+        // SAFETY: a build script with one thread; bindgen reads the variable when it loads libclang.
+        unsafe { env::set_var("LIBCLANG_PATH", clang.join("native")) };
     }
     let compiler = env::var("CXX").unwrap_or_else(|_| "c++".into());
     let builtin = Command::new(compiler).arg("-print-file-name=include").output().map(|o| o.stdout).unwrap_or_default();

@@ -69,8 +69,8 @@ impl Error {
     }
 
     /// A part of the file at `path` that is not as the format asks.
-    pub fn format(path: &Path, key: impl Into<String>, expected: impl Into<String>, got: impl ToString) -> Self {
-        Self::Format { path: path.to_owned(), key: key.into(), expected: expected.into(), got: got.to_string() }
+    pub fn format(path: &Path, key: impl Into<String>, expected: impl Into<String>, got: impl Into<String>) -> Self {
+        Self::Format { path: path.to_owned(), key: key.into(), expected: expected.into(), got: got.into() }
     }
 
     /// The system's error at `path`.

@@ -34,5 +34,10 @@ pub fn live_handles() -> usize {
     ffi::live_handles()
 }
 
+/// Version of the MLX that the process loaded.
+pub fn mlx_version() -> String {
+    ffi::mlx_version()
+}
+
 /// Version of this crate and of the Python package.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

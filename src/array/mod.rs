@@ -27,12 +27,12 @@ impl Array {
         ArrayHandle::zeros(shape, to_mlx(dtype)).map(Self)
     }
 
-    /// The integers `start .. stop`, as int32 of shape `(stop - start,)`.
+    /// The integers `start .. stop`, below 2³¹, as int32 of shape `(stop - start,)`.
     ///
     /// # Errors
     /// [`Error::Mlx`] if MLX fails.
     pub fn arange(start: usize, stop: usize) -> Result<Self> {
-        ArrayHandle::arange(start as f64, stop as f64).map(Self)
+        ArrayHandle::arange(f64::from(start as u32), f64::from(stop as u32)).map(Self)
     }
 
     /// An int32 of shape `()`.

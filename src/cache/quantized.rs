@@ -76,7 +76,7 @@ impl QuantizedKvCache {
     pub(super) fn check_head_dims(&self, op: &'static str, keys: &Array, values: &Array) -> Result<()> {
         for (name, array) in [("keys", keys), ("values", values)] {
             let head_dim = array.shape().last().copied().unwrap_or(0);
-            if head_dim as usize % self.group_size != 0 {
+            if !(head_dim as usize).is_multiple_of(self.group_size) {
                 let expected = format!("{name} whose head size is a multiple of the group size {}", self.group_size);
                 return Err(Error::value(op, expected, format!("{:?}", array.shape())));
             }

@@ -33,6 +33,7 @@ use std::ffi::{CStr, c_int};
 /// Process in which the crate was first used. MLX's worker threads exist only there.
 static HOME_PROCESS: std::sync::OnceLock<u32> = std::sync::OnceLock::new();
 
+#[cfg(feature = "python")]
 /// Remembers this process as the one in which MLX can evaluate.
 pub(crate) fn remember_process() {
     HOME_PROCESS.get_or_init(std::process::id);

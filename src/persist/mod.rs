@@ -6,6 +6,11 @@ mod reader;
 pub mod wire;
 mod writer;
 
+use std::collections::BTreeMap;
+
+/// The user's strings in a file.
+pub type Metadata = BTreeMap<String, String>;
+
 pub use atomic::effective_safetensors_path;
 pub use header::TensorInfo;
 pub use reader::{CacheFile, load_prompt_cache};

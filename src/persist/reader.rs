@@ -1,12 +1,12 @@
 //! Reads a cache file: everything is checked before anything is built.
 
+use super::Metadata;
 use super::header::{self, Header, TensorInfo};
 use super::wire::{self, Decoded, Format};
 use crate::array::Array;
 use crate::cache::schema::{self, Rows};
 use crate::cache::{Cache, CacheState, STEP, plan};
 use crate::error::{Error, Result};
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -21,7 +21,7 @@ pub struct CacheFile {
     /// The dialect that the file is written in.
     pub format: Format,
     /// The user's metadata.
-    pub metadata: BTreeMap<String, String>,
+    pub metadata: Metadata,
     /// Class and state of every cache; arrays are places in the file.
     pub caches: Vec<CacheState<TensorInfo>>,
 }
@@ -57,7 +57,7 @@ impl CacheFile {
     ///
     /// # Errors
     /// [`Error::Io`] if reading fails, [`Error::Format`] if the file became shorter, [`Error::Mlx`] if memory is short.
-    pub fn read(self) -> Result<(Vec<CacheState<Array>>, BTreeMap<String, String>)> {
+    pub fn read(self) -> Result<(Vec<CacheState<Array>>, Metadata)> {
         let Self { path, file, data_start, caches, metadata, .. } = self;
         let mut read = |info, rows| read_tensor(&path, &file, data_start, &info, rows);
         let mut read_one = |cache| schema::map_arrays(cache, &mut read);
@@ -129,7 +129,7 @@ fn read_header(path: &Path, file: &File, file_size: u64) -> Result<(Header, u64)
 ///
 /// # Errors
 /// As [`CacheFile::open`] and [`CacheFile::read`]; [`Error::Value`] for classes that this crate lacks.
-pub fn load_prompt_cache(path: &Path) -> Result<(Vec<Cache>, BTreeMap<String, String>)> {
+pub fn load_prompt_cache(path: &Path) -> Result<(Vec<Cache>, Metadata)> {
     let (states, metadata) = CacheFile::open(path)?.read()?;
     Ok((states.into_iter().map(Cache::from_state).collect::<Result<_>>()?, metadata))
 }

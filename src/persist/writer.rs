@@ -1,5 +1,6 @@
 //! Writes a cache file: the header first, then the tensors from where they lie in memory.
 
+use super::Metadata;
 use super::atomic::{AtomicFile, effective_safetensors_path};
 use super::header;
 use super::wire::{self, Format, Leaf};
@@ -7,7 +8,6 @@ use crate::array::{self, Array};
 use crate::cache::schema::{self, Rows};
 use crate::cache::{Cache, CacheState, zero_rows};
 use crate::error::{Error, Result};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// The operation that errors name.
@@ -44,12 +44,7 @@ pub struct Saved {
 ///
 /// # Errors
 /// As [`write_states`].
-pub fn save_prompt_cache(
-    path: &Path,
-    caches: &[Cache],
-    metadata: &BTreeMap<String, String>,
-    options: &SaveOptions,
-) -> Result<Saved> {
+pub fn save_prompt_cache(path: &Path, caches: &[Cache], metadata: &Metadata, options: &SaveOptions) -> Result<Saved> {
     write_states(path, caches.iter().map(Cache::cache_state).collect(), metadata, options)
 }
 
@@ -63,7 +58,7 @@ pub fn save_prompt_cache(
 pub fn write_states(
     path: &Path,
     caches: Vec<CacheState<Array>>,
-    metadata: &BTreeMap<String, String>,
+    metadata: &Metadata,
     options: &SaveOptions,
 ) -> Result<Saved> {
     // Before anything is computed: a state that no file can hold, or that is no state of its class.

@@ -1,5 +1,8 @@
 //! L6: the Python module `_core`, the only user of PyO3. It converts; it decides nothing about caches or files.
 
+#![allow(clippy::doc_markdown, reason = "Python reads these docstrings")]
+#![allow(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
+
 #[expect(unsafe_code, reason = "meets nanobind and CPython")]
 mod bridge;
 

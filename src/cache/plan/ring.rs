@@ -131,6 +131,7 @@ impl Ring {
     }
 
     /// The ring after `n` tokens are taken back; the caller has checked that it is not wrapped.
+    #[must_use]
     pub const fn trimmed(&self, n: usize) -> Self {
         Self { offset: self.offset - n, index: self.index - n, ..*self }
     }
