@@ -20,10 +20,7 @@ from mlxrs_py import cache  # noqa: E402
 from mlxrs_py._core import CacheFormatError, MlxError, MlxrsError, __version__, build_info  # noqa: E402
 from mlxrs_py.cache import CacheConfig  # noqa: E402
 from mlxrs_py.prefill import prefill  # noqa: E402
-try:  # until prompt.py lands
-    from mlxrs_py.prompt import PromptInfo, cache_prompt, cache_prompt_ids
-except ImportError:
-    pass
+from mlxrs_py.prompt import PromptInfo, cache_prompt, cache_prompt_ids  # noqa: E402
 
 __all__ = [
     "CacheConfig",

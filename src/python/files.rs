@@ -6,13 +6,13 @@ use super::tree::to_python;
 use crate::array::Array;
 use crate::cache::schema::Class;
 use crate::cache::{Cache, CacheState, State};
-use crate::persist::{CacheFile, Format, SaveOptions, TensorInfo, write_states};
+use crate::persist::{CacheFile, Format, SaveOptions, Saved, TensorInfo, check_metadata, write_states};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyImportError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Saves caches, ours or mlx-lm's, into one safetensors file, and gives its path.
 ///
@@ -28,25 +28,55 @@ pub(super) fn save_prompt_cache(
     padded: bool,
     durable: bool,
 ) -> PyResult<()> {
+    save(py, &file_name, cache, metadata, format, padded, durable).map(|_| ())
+}
+
+/// As `save_prompt_cache`, and gives the file and its size in bytes.
+#[pyfunction]
+#[pyo3(signature = (file_name, cache, metadata = None, *, format = "0.32", padded = false, durable = true))]
+pub(super) fn save_prompt_cache_with_size(
+    py: Python<'_>,
+    file_name: PathBuf,
+    cache: &Bound<'_, PyAny>,
+    metadata: Option<&Bound<'_, PyAny>>,
+    format: &str,
+    padded: bool,
+    durable: bool,
+) -> PyResult<(PathBuf, u64)> {
+    let saved = save(py, &file_name, cache, metadata, format, padded, durable)?;
+    Ok((saved.path, saved.n_bytes))
+}
+
+/// Refuses metadata and a format that a save would refuse.
+#[pyfunction]
+pub(super) fn check_save(metadata: &Bound<'_, PyAny>, format: &str) -> PyResult<()> {
+    format.parse::<Format>()?;
+    Ok(check_metadata(&metadata_from_python(metadata)?)?)
+}
+
+fn save(
+    py: Python<'_>,
+    file_name: &Path,
+    cache: &Bound<'_, PyAny>,
+    metadata: Option<&Bound<'_, PyAny>>,
+    format: &str,
+    padded: bool,
+    durable: bool,
+) -> PyResult<Saved> {
     let options = SaveOptions { format: format.parse::<Format>()?, padded, durable };
     let metadata = metadata.map_or_else(|| Ok(BTreeMap::new()), metadata_from_python)?;
     let states = cache.try_iter()?.map(|cache| cache_state(&cache?)).collect::<PyResult<Vec<_>>>()?;
     // On this thread, which owns the streams of lazy arrays, but without the GIL: the disk may be slow.
-    py.detach(|| write_states(&file_name, states, &metadata, &options))?;
-    Ok(())
+    Ok(py.detach(|| write_states(file_name, states, &metadata, &options))?)
 }
 
 fn metadata_from_python(metadata: &Bound<'_, PyAny>) -> PyResult<BTreeMap<String, String>> {
     let text = |object: Bound<'_, PyAny>, what: &str| -> PyResult<String> {
-        match object.cast::<PyString>() {
-            Ok(text) => Ok(text.to_str()?.to_owned()),
-            Err(_) => {
-                let got = object.repr()?;
-                Err(PyTypeError::new_err(format!(
-                    "save_prompt_cache: expected a metadata {what} of type str, got {got}"
-                )))
-            }
-        }
+        let Ok(text) = object.cast::<PyString>() else {
+            let message = format!("save_prompt_cache: expected a metadata {what} of type str, got {}", object.repr()?);
+            return Err(PyTypeError::new_err(message));
+        };
+        Ok(text.to_str()?.to_owned())
     };
     let metadata = metadata
         .cast::<PyDict>()

@@ -9,6 +9,8 @@ use pyo3::types::{PyDict, PyList};
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(create_attention_mask, module)?)?;
     module.add_function(wrap_pyfunction!(super::files::save_prompt_cache, module)?)?;
+    module.add_function(wrap_pyfunction!(super::files::save_prompt_cache_with_size, module)?)?;
+    module.add_function(wrap_pyfunction!(super::files::check_save, module)?)?;
     module.add_function(wrap_pyfunction!(super::files::load_prompt_cache, module)?)?;
     module.add_function(wrap_pyfunction!(super::files::inspect_file, module)?)?;
     module.add_function(wrap_pyfunction!(blake3_hex, module)?)?;

@@ -1,6 +1,6 @@
 //! Good files with some damage, made out of choices: inputs for fuzzing that know the structure of what they break.
 
-use crate::fabricate::{Choose, Padding, file, layers, metadata};
+use crate::fabricate::{Choose, Padding, cache, file, layers, metadata};
 use mlxrs_py::array::Dtype;
 use mlxrs_py::cache::schema::CLASSES;
 use mlxrs_py::persist::header;
@@ -34,14 +34,15 @@ const NUMBERS: [u64; 12] = [0, 1, 2, 3, 4, 7, 8, 255, 256, 0x7fff_ffff, 0x8000_0
 const TEXTS: [&str; 14] = ["", "-1", "0", "1", "3", "8", "999", "True", "False", "scalar", "string", "none", "-", "01"];
 const DTYPES: [&str; 8] = ["F32", "BF16", "F16", "U32", "I32", "I64", "BOOL", "U8"];
 
-/// A file of up to four caches with up to three faults in it; one in ten has none.
+/// A file of one to five caches with up to three faults in it; one in ten has none.
 pub fn input(choose: &mut dyn Choose, aim: Aim) -> Vec<u8> {
     let format = match aim {
         Aim::Wire(format) => format,
         Aim::Header => [Format::V031, Format::V032][choose.below(2)],
     };
     let padding = if format == Format::V031 { Padding::Cut } else { Padding::Kept };
-    let (user, caches) = (metadata(choose), layers(choose, padding));
+    let (user, mut caches) = (metadata(choose), layers(choose, padding));
+    caches.push(cache(choose, padding, 0));
     let good = file(&wire::encode(format, caches, &user).expect("good caches"));
     let mut parts = Parts::split(&good);
     if choose.below(10) == 0 {

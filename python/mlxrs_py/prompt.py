@@ -1,0 +1,229 @@
+"""The driver: a prompt goes through a model into fresh caches, and those into a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlxrs_py import _core
+from mlxrs_py.cache import CacheConfig, make_prompt_cache
+from mlxrs_py.prefill import prefill
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["PromptInfo", "cache_prompt", "cache_prompt_ids", "chat_prompt", "model_fingerprint"]
+
+#: Metadata keys of mlx-lm.
+META_MODEL = "model"
+META_TOKENIZER_CONFIG = "tokenizer_config"
+#: Ours: the number of tokens; BLAKE3 of their ids as little-endian 64-bit integers; the model's fingerprint.
+META_TOKENS = "mlxrs_tokens"
+META_TOKENS_BLAKE3 = "mlxrs_tokens_blake3"
+META_CONFIG_BLAKE3 = "mlxrs_config_blake3"
+
+
+@dataclass(frozen=True)
+class PromptInfo:
+    """What a prompt cost and where it went."""
+
+    #: Tokens that went into the caches.
+    tokens_processed: int
+    #: Seconds of prefill and saving.
+    seconds: float
+    #: Tokens per second of the prefill alone.
+    tokens_per_second: float
+    #: Most bytes that MLX held at once.
+    peak_memory: int
+    #: The file that was written.
+    file: Path
+    #: Its size in bytes.
+    n_bytes: int
+
+
+def cache_prompt_ids(
+    model: Callable[..., mx.array],
+    tokens: list[int] | np.ndarray | mx.array,
+    file_name: str | PathLike[str],
+    *,
+    config: CacheConfig | None = None,
+    max_kv_size: int | None = None,
+    model_id: str = "",
+    tokenizer_config: str = "{}",
+    step_size: int = 2048,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
+    metadata: Mapping[str, str] | None = None,
+    format: str = "0.32",  # noqa: A002  (the name of the file's format, as in save_prompt_cache)
+    durable: bool = True,
+    progress: Callable[[int, int], object] | bool | None = None,
+) -> PromptInfo:
+    """Run token ids through a model into fresh caches and save them.
+
+    Args:
+        model: As :func:`mlxrs_py.prefill` takes it.
+        tokens: Token ids ``(P,)``, at least one.
+        file_name: Gets ``.safetensors`` added if it lacks it.
+        config: How the caches are made; else as :func:`mlxrs_py.cache.make_prompt_cache` makes them.
+        max_kv_size: For ``make_prompt_cache``.
+        model_id: Written as metadata ``model``.
+        tokenizer_config: JSON, written as metadata ``tokenizer_config``.
+        step_size: Tokens per window of the prefill.
+        kv_bits: If given, caches are quantized on the way; see :func:`mlxrs_py.prefill`.
+        kv_group_size: Elements that share a scale.
+        quantized_kv_start: Tokens from which on caches are quantized.
+        metadata: Further strings for the file; keys that the driver writes itself are not taken from here.
+        format: The mlx-lm whose layout the file gets: "0.32" or "0.31".
+        durable: The file survives a crash of the machine from the moment this returns.
+        progress: As for :func:`mlxrs_py.prefill`.
+
+    Raises:
+        ValueError: For an empty prompt or metadata that a file cannot hold, before any work; no file is written.
+        OSError: If the file cannot be written; an older one then stays as it was.
+
+    """
+    ids = _token_ids(tokens)
+    entries = dict(metadata or {})
+    entries[META_MODEL] = model_id
+    entries[META_TOKENIZER_CONFIG] = tokenizer_config
+    entries[META_TOKENS] = str(ids.size)
+    entries[META_TOKENS_BLAKE3] = _core.blake3_hex(ids.astype("<i8").tobytes())
+    if (fingerprint := model_fingerprint(model)) is not None:
+        entries[META_CONFIG_BLAKE3] = fingerprint
+    _core.check_save(entries, format)
+
+    caches = config.make() if config is not None else make_prompt_cache(model, max_kv_size)
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    prefill(
+        model,
+        mx.array(ids),
+        caches,
+        step_size=step_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+        progress=progress,
+    )
+    prefilled = time.perf_counter()
+    file, n_bytes = _core.save_prompt_cache_with_size(file_name, caches, entries, format=format, durable=durable)
+    return PromptInfo(
+        tokens_processed=int(ids.size),
+        seconds=time.perf_counter() - start,
+        tokens_per_second=ids.size / max(prefilled - start, 1e-9),
+        peak_memory=mx.get_peak_memory(),
+        file=Path(file),
+        n_bytes=n_bytes,
+    )
+
+
+def cache_prompt(
+    model_path: str | PathLike[str],
+    prompt: str,
+    file_name: str | PathLike[str],
+    *,
+    adapter_path: str | None = None,
+    trust_remote_code: bool = False,
+    eos_token: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    **options: Any,
+) -> PromptInfo:
+    """Load a model through mlx-lm, run one user message through it and save the caches.
+
+    If the tokenizer has a chat template the prompt becomes the beginning of a user message, as in
+    ``mlx_lm.cache_prompt``: a later question continues that message.
+
+    Args:
+        model_path: A folder, or a name that ``mlx_lm.load`` knows; written as metadata ``model``.
+        prompt: The text.
+        file_name: Gets ``.safetensors`` added if it lacks it.
+        adapter_path: Adapters for the model.
+        trust_remote_code: Lets the tokenizer's repository run code.
+        eos_token: Ends generation in place of the tokenizer's own.
+        metadata: Further strings for the file.
+        **options: ``config``, ``max_kv_size``, ``step_size``, ``kv_bits``, ``kv_group_size``, ``quantized_kv_start``,
+            ``format``, ``durable`` and ``progress`` of :func:`cache_prompt_ids`.
+
+    Raises:
+        ImportError: If mlx-lm is not installed.
+        ValueError: For an empty prompt or metadata that a file cannot hold.
+        OSError: If the file cannot be written; an older one then stays as it was.
+
+    """
+    # What can be refused without the model is refused before it is loaded.
+    _core.check_save(dict(metadata or {}), options.get("format", "0.32"))
+    tokenizer_config: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if eos_token is not None:
+        tokenizer_config["eos_token"] = eos_token
+    model, tokenizer = load_model(model_path, adapter_path=adapter_path, tokenizer_config=tokenizer_config)
+    return cache_prompt_ids(
+        model,
+        chat_prompt(tokenizer, prompt),
+        file_name,
+        model_id=str(model_path),
+        tokenizer_config=json.dumps(tokenizer_config),
+        metadata=metadata,
+        **options,
+    )
+
+
+def load_model(
+    model_path: str | PathLike[str], *, adapter_path: str | None = None, tokenizer_config: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer through mlx-lm."""
+    try:
+        import mlx_lm
+    except ImportError as error:
+        raise ImportError("loading a model needs mlx-lm: pip install 'mlxrs_py[lm]'") from error
+    model, tokenizer, *_ = mlx_lm.load(str(model_path), adapter_path=adapter_path, tokenizer_config=tokenizer_config or {})
+    return model, tokenizer
+
+
+def chat_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Give the token ids of an unfinished user message, or of the plain text if there is no chat template."""
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=False, continue_final_message=True, return_dict=False
+        )
+    return tokenizer.encode(prompt)
+
+
+def model_fingerprint(model: Any) -> str | None:
+    """Hash a model's configuration: its arguments, and names, shapes and dtypes of its parameters.
+
+    Two quantizations of one model differ here; two sets of weights of one shape do not. None for a callable without
+    parameters.
+    """
+    parameters = getattr(model, "parameters", None)
+    if not callable(parameters):
+        return None
+    arguments = getattr(model, "args", None)
+    content = {
+        "model": type(model).__module__.rsplit(".", 1)[-1],
+        "args": dataclasses.asdict(arguments) if dataclasses.is_dataclass(arguments) else None,
+        "parameters": sorted((name, list(p.shape), str(p.dtype)) for name, p in tree_flatten(parameters())),
+    }
+    text = json.dumps(content, sort_keys=True, default=str)
+    return _core.blake3_hex(text.encode())
+
+
+def _token_ids(tokens: Any) -> np.ndarray:
+    import numpy as np
+
+    ids = np.asarray(tokens.tolist() if isinstance(tokens, mx.array) else tokens)
+    if ids.size == 0:
+        raise ValueError("cache_prompt_ids: expected at least one token, got an empty prompt")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"cache_prompt_ids: expected token ids (P,) of an integer type, got {ids.shape} {ids.dtype}")
+    return ids
