@@ -185,7 +185,9 @@ def load_model(
         import mlx_lm
     except ImportError as error:
         raise ImportError("loading a model needs mlx-lm: pip install 'mlxrs_py[lm]'") from error
-    model, tokenizer, *_ = mlx_lm.load(str(model_path), adapter_path=adapter_path, tokenizer_config=tokenizer_config or {})
+    model, tokenizer, *_ = mlx_lm.load(
+        str(model_path), adapter_path=adapter_path, tokenizer_config=tokenizer_config or {}
+    )
     return model, tokenizer
 
 

@@ -72,7 +72,7 @@ impl From<Error> for PyErr {
                 Some(errno) => {
                     let text = std::io::Error::from_raw_os_error(errno).to_string();
                     let text = text.split(" (os error").next().unwrap_or_default().to_owned();
-                    PyOSError::new_err((errno, format!("{text} ({op})"), path))
+                    PyOSError::new_err((errno, format!("{text} ({op})"), path.into_os_string()))
                 }
                 None => PyOSError::new_err(format!("{op} {}: {source}", path.display())),
             },

@@ -43,8 +43,13 @@ def assert_equal(a: object, b: object, what: str) -> None:
 
 def parity(sequences: int) -> None:
     rng = random.Random(7)
-    kinds = [("KVCache", ()), ("RotatingKVCache", (300, 4)), ("RotatingKVCache", (64, 0)), ("QuantizedKVCache", (64, 8)),
-             ("ConcatenateKVCache", ())]
+    kinds = [
+        ("KVCache", ()),
+        ("RotatingKVCache", (300, 4)),
+        ("RotatingKVCache", (64, 0)),
+        ("QuantizedKVCache", (64, 8)),
+        ("ConcatenateKVCache", ()),
+    ]
     compared = 0
     for name, args in kinds:
         for _ in range(sequences):
@@ -135,8 +140,14 @@ def files(folder: Path) -> None:
 
 def prefill() -> None:
     args = llama.ModelArgs(
-        model_type="llama", hidden_size=4096, num_hidden_layers=LAYERS, intermediate_size=14336,
-        num_attention_heads=32, num_key_value_heads=HEADS, rms_norm_eps=1e-5, vocab_size=128_256,
+        model_type="llama",
+        hidden_size=4096,
+        num_hidden_layers=LAYERS,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=HEADS,
+        rms_norm_eps=1e-5,
+        vocab_size=128_256,
     )
     model = llama.Model(args)
     model.update(tree_map(lambda p: (p * 0.02).astype(mx.bfloat16), model.parameters()))

@@ -1,0 +1,97 @@
+"""``mlxrs-py cache-prompt``: run a prompt through a model and save the caches."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mlxrs_py.cli import models
+
+__all__ = ["add"]
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "cache-prompt",
+        parents=[common],
+        help="run a prompt through a model and save the caches",
+        description="Run a prompt through a model and save the caches. A later question continues the prompt.",
+    )
+    models.add_flags(parser, model_help="folder or hub name (default: the embedded SmolLM2-135M-Instruct)")
+    parser.add_argument("--prompt", required=True, help='the text; "-" reads standard input')
+    parser.add_argument("--prompt-cache-file", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--max-kv-size", type=int, metavar="N", help="keep only the newest N tokens (and the first 4)")
+    parser.add_argument("--kv-bits", type=int, metavar="BITS", help="quantize the caches (default: off)")
+    parser.add_argument("--kv-group-size", type=int, default=64, metavar="N", help="quantization group (default: 64)")
+    parser.add_argument(
+        "--quantized-kv-start", type=int, default=5000, metavar="N", help="quantize from token N on (default: 5000)"
+    )
+    parser.add_argument(
+        "--prefill-step-size", type=int, default=2048, metavar="N", help="tokens per chunk (default: 2048)"
+    )
+    parser.add_argument("--format", choices=["0.32", "0.31"], default="0.32", help="mlx-lm that shall read the file")
+    parser.add_argument(
+        "--metadata",
+        action="append",
+        default=[],
+        type=_pair,
+        metavar="K=V",
+        help="a string for the file; may be repeated",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="print nothing but errors")
+    parser.set_defaults(run=_run)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"expected K=V, got {text!r}")
+    return key, value
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mlxrs_py.prompt import cache_prompt
+
+    model = models.resolve(arguments.model)
+    models.quiet()
+    info = cache_prompt(
+        model,
+        models.read_prompt(arguments.prompt),
+        arguments.prompt_cache_file,
+        adapter_path=arguments.adapter_path,
+        trust_remote_code=arguments.trust_remote_code,
+        eos_token=arguments.eos_token,
+        max_kv_size=arguments.max_kv_size,
+        step_size=arguments.prefill_step_size,
+        kv_bits=arguments.kv_bits,
+        kv_group_size=arguments.kv_group_size,
+        quantized_kv_start=arguments.quantized_kv_start,
+        metadata=dict(arguments.metadata),
+        format=arguments.format,
+        progress=None if arguments.no_progress else _progress(),
+    )
+    if not arguments.no_progress:
+        print(
+            f"{info.tokens_processed} tokens at {info.tokens_per_second:.1f} tok/s, peak memory "
+            f"{info.peak_memory / 1e9:.3f} GB, {info.n_bytes / 1e6:.1f} MB in {info.file}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _progress() -> Callable[[int, int], object] | bool:
+    """Give a bar on a terminal, plain lines in a pipe."""
+    if sys.stderr.isatty():
+        return True
+    start = time.perf_counter()
+
+    def line(done: int, total: int) -> None:
+        elapsed = time.perf_counter() - start
+        speed = f" {done / elapsed:.1f} tok/s" if done and elapsed else ""
+        print(f"{done}/{total} tokens{speed}", file=sys.stderr, flush=True)
+
+    return line
