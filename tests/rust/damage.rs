@@ -115,7 +115,8 @@ impl Parts {
             // Numbers are the small pieces.
             _ => match self.pieces.iter_mut().filter(|piece| piece.bytes.len() == 4).nth(at % 4) {
                 Some(number) => {
-                    let value = i32::from_le_bytes([number.bytes[0], number.bytes[1], number.bytes[2], number.bytes[3]]);
+                    let value =
+                        i32::from_le_bytes([number.bytes[0], number.bytes[1], number.bytes[2], number.bytes[3]]);
                     let value = match choose.below(4) {
                         0 => value.wrapping_add(1),
                         1 => value.wrapping_sub(1),
@@ -213,7 +214,10 @@ fn damage_entries(choose: &mut dyn Choose, entries: &mut Vec<(String, String)>) 
         }
         1 => *entry = entry.replacen("dtype", ["shape", "type", "dtype\":\"F32\",\"dtype"][choose.below(3)], 1),
         2 => *entry = entry.replacen("{", "{\"extra\":[[]],", 1),
-        3 => *entry = entry.replacen(['3', '4', '1'], &NUMBERS[choose.below(NUMBERS.len())].to_string(), 1 + choose.below(3)),
+        3 => {
+            *entry =
+                entry.replacen(['3', '4', '1'], &NUMBERS[choose.below(NUMBERS.len())].to_string(), 1 + choose.below(3))
+        }
         4 => *entry = entry.replacen("F32", ["F64", "I32", "F8_E4M3", "BF16"][choose.below(4)], 1),
         5 => *entry = ["null", "{}", "[]", "1", "\"x\"", "[[[[[[1]]]]]]"][choose.below(6)].into(),
         6 => *entry = entry.replacen(',', [", ", ",\n", ",,", ";"][choose.below(4)], 1),

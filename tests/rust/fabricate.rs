@@ -115,7 +115,12 @@ struct Sizes {
 impl Sizes {
     fn choose(choose: &mut dyn Choose) -> Self {
         let dtype = [Dtype::F32, Dtype::F16, Dtype::Bf16][choose.below(3)];
-        Self { batch: choose.within(1, 3), heads: choose.within(1, 2), dims: [choose.within(1, 4), choose.below(4)], dtype }
+        Self {
+            batch: choose.within(1, 3),
+            heads: choose.within(1, 2),
+            dims: [choose.within(1, 4), choose.below(4)],
+            dtype,
+        }
     }
 
     /// Keys and values of `rows` rows; none of either for None.
@@ -149,7 +154,8 @@ pub fn cache(choose: &mut dyn Choose, padding: Padding, depth: usize) -> CacheSt
         0 => list("KVCache", [sizes.pair(rows), vec![int(used)]].concat()),
         1 => {
             let ring = ring(choose, padding);
-            let keep = if ring.index < ring.max_size { choose.below(ring.index.max(1)) } else { choose.below(ring.max_size) };
+            let keep =
+                if ring.index < ring.max_size { choose.below(ring.index.max(1)) } else { choose.below(ring.max_size) };
             let numbers = [ring.offset, keep.min(ring.max_size - 1), ring.max_size, ring.index].map(int);
             list("RotatingKVCache", [sizes.pair(ring.rows), numbers.into()].concat())
         }

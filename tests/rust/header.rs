@@ -122,8 +122,15 @@ fn a_dtype_that_mlx_does_not_read_is_refused() {
 
 #[test]
 fn numbers_that_are_no_sizes_are_refused() {
-    for shape in ["[-2,3]", "[2.0,3]", "[1e1]", "[\"2\",3]", "[true]", "[null]", "[18446744073709551616]", "6", "{}", "[[2,3]]"] {
-        refused(one(&format!(r#""dtype":"F32","shape":{shape},"data_offsets":[0,24]"#)), "a", "a safetensors header", "");
+    for shape in
+        ["[-2,3]", "[2.0,3]", "[1e1]", "[\"2\",3]", "[true]", "[null]", "[18446744073709551616]", "6", "{}", "[[2,3]]"]
+    {
+        refused(
+            one(&format!(r#""dtype":"F32","shape":{shape},"data_offsets":[0,24]"#)),
+            "a",
+            "a safetensors header",
+            "",
+        );
     }
     for offsets in ["[0]", "[]", "[0,24,24]", "[0,-24]", "[0.0,24]"] {
         assert_eq!(one(&format!(r#""dtype":"F32","shape":[2,3],"data_offsets":{offsets}"#)).unwrap_err().key, "a");

@@ -77,7 +77,10 @@ fn good() -> Vec<CacheState<Form>> {
         quantized(packed(8), 5, 32, 4),
         list("ConcatenateKVCache", vec![rows(8), rows(8)]),
         chunked(Some(8), 11, 4, 5),
-        list("ArraysCache", vec![State::List(vec![array(Dtype::F32, &[2, 3]), State::None]), sequences(2), State::None]),
+        list(
+            "ArraysCache",
+            vec![State::List(vec![array(Dtype::F32, &[2, 3]), State::None]), sequences(2), State::None],
+        ),
         parent(vec![kv(rows(8), rows(8), int(5)), parent(vec![rotating(None, 0, 0, 8, 0)])]),
         list("BatchKVCache", vec![rows(8), rows(8), sequences(2), sequences(2), int(5)]),
         batch_rotating(Some(8), 8, 11, 3, true),
@@ -87,7 +90,10 @@ fn good() -> Vec<CacheState<Form>> {
 #[test]
 fn a_good_state_of_every_class_passes() {
     let good = good();
-    assert_eq!(good.iter().map(|cache| cache.class.as_str()).collect::<Vec<_>>(), CLASSES.each_ref().map(|class| class.name));
+    assert_eq!(
+        good.iter().map(|cache| cache.class.as_str()).collect::<Vec<_>>(),
+        CLASSES.each_ref().map(|class| class.name)
+    );
     assert_eq!(check_layers(&good), Ok(()));
 }
 
@@ -136,13 +142,22 @@ fn the_state_of_one_class_is_refused_by_every_other() {
 
 #[test]
 fn an_entry_of_the_wrong_kind_is_refused_for_every_class() {
-    let kinds = [State::Int(3), State::Bool(true), State::Float(3.0), State::Str("3".into()), State::None, rows(8), State::List(vec![State::Int(3)])];
+    let kinds = [
+        State::Int(3),
+        State::Bool(true),
+        State::Float(3.0),
+        State::Str("3".into()),
+        State::None,
+        rows(8),
+        State::List(vec![State::Int(3)]),
+    ];
     for cache in good().into_iter().filter(|cache| cache.class != "CacheList") {
         let class = Class::find(&cache.class).unwrap();
         for (at, field) in class.fields.iter().enumerate() {
             for kind in &kinds {
                 let fits = match (field.kind, kind) {
-                    (Kind::Rows, State::Array(_) | State::None) | (Kind::Packed | Kind::MaybePerSequence, State::None) => true,
+                    (Kind::Rows, State::Array(_) | State::None)
+                    | (Kind::Packed | Kind::MaybePerSequence, State::None) => true,
                     (Kind::Count, State::Int(_)) | (Kind::Flag, State::Bool(_)) => true,
                     _ => false,
                 };
@@ -163,7 +178,12 @@ fn a_negative_count_is_refused_for_every_class() {
         let fields = Class::find(&cache.class).unwrap().fields;
         for at in (0..fields.len()).filter(|&at| fields[at].kind == Kind::Count) {
             for value in [-1, -3, -50, i64::MIN] {
-                refused(&with(cache.clone(), at, State::Int(value)), &at.to_string(), "not negative", &value.to_string());
+                refused(
+                    &with(cache.clone(), at, State::Int(value)),
+                    &at.to_string(),
+                    "not negative",
+                    &value.to_string(),
+                );
             }
         }
     }
@@ -174,7 +194,12 @@ fn huge_counts_are_refused_without_overflow() {
     for cache in good().into_iter().filter(|cache| cache.class != "CacheList") {
         let fields = Class::find(&cache.class).unwrap().fields;
         for at in (0..fields.len()).filter(|&at| fields[at].kind == Kind::Count && fields[at].name != "chunk_size") {
-            assert!(check(&with(cache.clone(), at, State::Int(i64::MAX))).is_err(), "{} {}", cache.class, fields[at].name);
+            assert!(
+                check(&with(cache.clone(), at, State::Int(i64::MAX))).is_err(),
+                "{} {}",
+                cache.class,
+                fields[at].name
+            );
         }
     }
     let all = [int(0), int(0)].map(|_| State::Int(i64::MAX));
@@ -311,7 +336,13 @@ fn a_chunk_lies_between_its_start_and_the_offset() {
 
 #[test]
 fn a_batch_ring_is_rotated_only_when_full() {
-    for good in [(None, 4, 0, 0, false), (Some(4), 4, 2, 2, false), (Some(4), 4, 4, 4, false), (Some(7), 4, 9, 7, false), (Some(4), 4, 8, 4, true)] {
+    for good in [
+        (None, 4, 0, 0, false),
+        (Some(4), 4, 2, 2, false),
+        (Some(4), 4, 4, 4, false),
+        (Some(7), 4, 9, 7, false),
+        (Some(4), 4, 8, 4, true),
+    ] {
         assert_eq!(check(&batch_rotating(good.0, good.1, good.2, good.3, good.4)), Ok(()), "{good:?}");
     }
     refused(&batch_rotating(Some(4), 4, 3, 3, true), "7", "a full ring of 4 rows", "_offset 3");
@@ -340,7 +371,12 @@ fn arrays_with_one_number_per_sequence_agree_with_the_batch() {
 fn cache_lists_hold_pairs_of_a_state_and_a_known_class_to_a_limited_depth() {
     let child = kv(rows(8), rows(8), int(5));
     refused(&list("CacheList", vec![child.state.clone()]), "0", "a child's state and its class name", "a list of 3");
-    refused(&list("CacheList", vec![State::List(vec![child.state.clone(), State::None])]), "0.1", "the class name", "none");
+    refused(
+        &list("CacheList", vec![State::List(vec![child.state.clone(), State::None])]),
+        "0.1",
+        "the class name",
+        "none",
+    );
     refused(&parent(vec![child.clone(), kv(rows(8), rows(8), int(9))]), "1.0.2", "at most 8 rows", "9");
     assert_eq!(check(&parent(vec![])), Ok(()));
     let nested = |depth| (0..depth).fold(child.clone(), |child, _| parent(vec![child]));
@@ -373,7 +409,10 @@ fn valid_rows_are_those_that_hold_tokens() {
     assert_eq!(valid(batch_rotating(Some(8), 8, 5, 5, false)), [two(5, false), vec![None; 2]].concat());
     assert_eq!(valid(batch_rotating(Some(8), 8, 11, 3, true)), [two(8, false), vec![None; 2]].concat());
     assert_eq!(valid(good()[5].clone()), vec![None; 2]);
-    assert_eq!(valid(parent(vec![kv(rows(8), rows(8), int(3)), list("ConcatenateKVCache", vec![rows(8), rows(8)])])), [two(3, true), two(8, false)].concat());
+    assert_eq!(
+        valid(parent(vec![kv(rows(8), rows(8), int(3)), list("ConcatenateKVCache", vec![rows(8), rows(8)])])),
+        [two(3, true), two(8, false)].concat()
+    );
 }
 
 proptest! {

@@ -14,7 +14,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "default-model",
         parents=[common],
         help="print the folder of the embedded default model",
-        description="Print the folder of the embedded default model, SmolLM2-135M-Instruct, making it first if need be.",
+        description="Print the folder of the embedded default model, making it first if need be.",
     )
     parser.set_defaults(run=_run)
 

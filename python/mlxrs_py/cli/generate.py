@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxrs_py.cli import models
 
-__all__ = ["add"]
+__all__ = ["add", "question_ids"]
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -74,7 +74,7 @@ def _check_model(model: Any, metadata: dict[str, str], file: str) -> None:
         raise ValueError(f"{file}: the cache is of another model: expected configuration {recorded[:16]}…, got {found}")
 
 
-def _suffix(tokenizer: Any, prompt: str) -> list[int]:
+def question_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Give the part of a templated user message that begins with the user's text: what comes before is cached."""
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer.encode(prompt)
@@ -95,7 +95,7 @@ def _answer(arguments: argparse.Namespace, model: Any, tokenizer: Any, caches: l
 
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
-    question = _suffix(tokenizer, models.read_prompt(arguments.prompt))
+    question = question_ids(tokenizer, models.read_prompt(arguments.prompt))
     sampler = make_sampler(arguments.temp, arguments.top_p)
     text, first, start = "", None, time.perf_counter()
     response = None
