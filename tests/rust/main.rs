@@ -4,8 +4,14 @@
 mod array;
 mod atomic;
 mod caches;
+mod damage;
+mod fabricate;
 mod files;
+mod fuzz;
+mod header;
 mod kill;
 mod mock;
 mod prefill;
 mod prompt;
+mod schema;
+mod wire;
