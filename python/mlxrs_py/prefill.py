@@ -85,20 +85,20 @@ class _bar:  # noqa: N801  (reads as a verb where it is used)
         self._progress = Progress(
             TextColumn("prefill"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} tokens"),
-            TextColumn("{task.fields[speed]:.1f} tok/s"),
+            TextColumn("{task.fields[count]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
         self._progress.__enter__()
-        self._task = self._progress.add_task("prefill", total=None, speed=0.0)
+        self._task = self._progress.add_task("prefill", total=None, count="")
         self._start = time.perf_counter()
         return self._report
 
     def _report(self, done: int, total: int) -> None:
         elapsed = time.perf_counter() - self._start
-        self._progress.update(self._task, completed=done, total=total, speed=done / elapsed if elapsed else 0.0)
+        count = f"{done}/{total} tokens" + (f", {done / elapsed:.1f} tok/s" if done and elapsed else "")
+        self._progress.update(self._task, completed=done, total=total, count=count)
 
     def __exit__(self, *exception: object) -> None:
         self._progress.__exit__(*exception)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ fn fuzz(aim: Aim, inputs: u64) -> Tally {
         tally.loads += u64::from(loaded);
     }
     let percent = |n: u64| 100.0 * n as f64 / inputs.max(1) as f64;
-    println!(
+    eprintln!(
         "{aim:?}: {inputs} inputs, {:.1} % pass the header, {:.1} % load",
         percent(tally.headers),
         percent(tally.loads)

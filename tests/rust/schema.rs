@@ -155,12 +155,13 @@ fn an_entry_of_the_wrong_kind_is_refused_for_every_class() {
         let class = Class::find(&cache.class).unwrap();
         for (at, field) in class.fields.iter().enumerate() {
             for kind in &kinds {
-                let fits = match (field.kind, kind) {
-                    (Kind::Rows, State::Array(_) | State::None)
-                    | (Kind::Packed | Kind::MaybePerSequence, State::None) => true,
-                    (Kind::Count, State::Int(_)) | (Kind::Flag, State::Bool(_)) => true,
-                    _ => false,
-                };
+                let fits = matches!(
+                    (field.kind, kind),
+                    (Kind::Rows, State::Array(_))
+                        | (Kind::Rows | Kind::Packed | Kind::MaybePerSequence, State::None)
+                        | (Kind::Count, State::Int(_))
+                        | (Kind::Flag, State::Bool(_))
+                );
                 let fault = check(&with(cache.clone(), at, kind.clone())).err();
                 if !fits {
                     let fault = fault.expect("a fault");
@@ -417,7 +418,10 @@ fn valid_rows_are_those_that_hold_tokens() {
 
 proptest! {
     #[test]
-    fn every_fabricated_cache_passes_and_is_mapped_whole(choices in prop::collection::vec(any::<u16>(), 0..60), cut in any::<bool>()) {
+    fn every_fabricated_cache_passes_and_is_mapped_whole(
+        choices in prop::collection::vec(any::<u16>(), 0..60),
+        cut in any::<bool>(),
+    ) {
         let padding = if cut { Padding::Cut } else { Padding::Kept };
         let cache = cache(&mut Listed::new(choices), padding, 0);
         prop_assert_eq!(check(&cache), Ok(()));

@@ -2,15 +2,11 @@
 
 use super::{Class, Described, Fault, Kind, MAX_DEPTH, Rule, count};
 use crate::array::Dtype;
+use crate::cache::quantized::{BITS, GROUP_SIZES};
 use crate::cache::state::{CacheState, State};
 
 /// Largest offset: MLX counts positions in int32.
 pub const MAX_OFFSET: i64 = i32::MAX as i64;
-
-/// Bits per element that MLX's affine quantization knows.
-const BITS: [i64; 7] = [1, 2, 3, 4, 5, 6, 8];
-/// Elements that share a scale and a bias.
-const GROUP_SIZES: [i64; 3] = [32, 64, 128];
 
 /// Checks that the class can have this state. Keys of faults are dotted places in the state.
 ///
@@ -99,8 +95,9 @@ fn describe<T: Described>(item: &State<T>) -> String {
 fn check_kind<T: Described>(kind: Kind, item: &State<T>) -> Result<(), (&'static str, String)> {
     let is_array = |item: &State<T>| matches!(item, State::Array(_));
     let none = matches!(item, State::None);
+    let is_array_or_none = |item: &State<T>| matches!(item, State::Array(_) | State::None);
     let (expected, fits) = match kind {
-        Kind::Rows => ("an array or none", none || is_array(item)),
+        Kind::Rows => ("an array or none", is_array_or_none(item)),
         Kind::Packed => (
             "three arrays or none",
             none || matches!(item, State::List(parts) if parts.len() == 3 && parts.iter().all(is_array)),
@@ -109,10 +106,9 @@ fn check_kind<T: Described>(kind: Kind, item: &State<T>) -> Result<(), (&'static
         Kind::Flag => ("a bool", matches!(item, State::Bool(_))),
         Kind::PerSequence => ("an integer array (B,)", is_per_sequence(item)),
         Kind::MaybePerSequence => ("an integer array (B,) or none", none || is_per_sequence(item)),
-        Kind::Slots => (
-            "a list of arrays or none",
-            matches!(item, State::List(slots) if slots.iter().all(|slot| matches!(slot, State::Array(_) | State::None))),
-        ),
+        Kind::Slots => {
+            ("a list of arrays or none", matches!(item, State::List(slots) if slots.iter().all(is_array_or_none)))
+        }
     };
     if fits { Ok(()) } else { Err((expected, describe(item))) }
 }
@@ -161,9 +157,12 @@ impl<T: Described> Checked<'_, T> {
         }
     }
 
-    fn among(&self, at: usize, known: &[i64]) -> Result<(), Fault> {
+    fn among(&self, at: usize, known: &[usize]) -> Result<(), Fault> {
         let got = count(self.items, at);
-        if known.contains(&got) { Ok(()) } else { Err(self.fault(at, format!("among {known:?}"), got.to_string())) }
+        if known.contains(&(got as usize)) {
+            return Ok(());
+        }
+        Err(self.fault(at, format!("among {known:?}"), got.to_string()))
     }
 
     fn at_most(&self, at: usize, limit: i64, what: &str) -> Result<(), Fault> {

@@ -91,7 +91,7 @@ fn rotated_is_read_as_it_is_written() {
         )
     };
     for cache in [batch(false, 4, 4), batch(true, 7, 2)] {
-        assert_eq!(Draft::new(Format::V031, &[cache.clone()]).load().unwrap(), [cache]);
+        assert_eq!(Draft::new(Format::V031, std::slice::from_ref(&cache)).load().unwrap(), [cache]);
     }
     let draft = || Draft::new(Format::V031, &[batch(true, 7, 2)]);
     for text in ["true", "1", "", "False "] {

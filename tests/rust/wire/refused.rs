@@ -64,7 +64,7 @@ fn a_swapped_class_is_refused() {
     for (format, group) in [(Format::V032, 1), (Format::V031, 2)] {
         for cache in all() {
             for class in CLASSES.iter().filter(|class| class.name != cache.class) {
-                let draft = Draft::new(format, &[cache.clone()]).text(&format!("{group}.0"), class.name);
+                let draft = Draft::new(format, std::slice::from_ref(&cache)).text(&format!("{group}.0"), class.name);
                 let loaded = draft.load();
                 // Format 0.31 writes classes without numbers alike, and slots may hold anything.
                 let same = format == Format::V031
@@ -338,7 +338,7 @@ fn cache_lists_are_read_to_a_limited_depth() {
     let nested = |depth| (0..depth).fold(kv(3, 3), |child, _| parent(vec![child]));
     for format in BOTH {
         let deepest = nested(MAX_DEPTH);
-        assert_eq!(Draft::new(format, &[deepest.clone()]).load().unwrap(), [deepest]);
+        assert_eq!(Draft::new(format, std::slice::from_ref(&deepest)).load().unwrap(), [deepest]);
         assert!(wire::encode(format, vec![nested(MAX_DEPTH + 1)], &user()).is_err());
     }
     // Format 0.31 names classes in strings alone, so a file of any depth is short.

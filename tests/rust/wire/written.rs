@@ -137,7 +137,10 @@ fn a_number_beyond_int32_is_written_as_int64() {
     let encoded = wire::encode(Format::V032, vec![huge.clone()], &user()).unwrap();
     assert_eq!(tensors(&encoded)["0.4"], ("I64", vec![]));
     for format in BOTH {
-        assert_eq!(forms(load(&save(format, &[huge.clone()], &user()).unwrap()).unwrap()), [huge.clone()]);
+        assert_eq!(
+            forms(load(&save(format, std::slice::from_ref(&huge), &user()).unwrap()).unwrap()),
+            std::slice::from_ref(&huge)
+        );
     }
 }
 

