@@ -96,7 +96,39 @@ pub(super) fn load_prompt_cache(
     let (states, metadata) = py.detach(|| CacheFile::open(&file_name)?.read())?;
     let caches = states.into_iter().map(|state| build(py, state)).collect::<PyResult<Vec<_>>>()?;
     let caches = PyList::new(py, caches)?;
-    if return_metadata { (caches, metadata).into_bound_py_any(py) } else { Ok(caches.into_any()) }
+    if return_metadata {
+        let metadata = nested(py, metadata.iter().map(|(key, text)| (key.as_str(), text.as_str())).collect(), 0)?;
+        return (caches, metadata).into_bound_py_any(py);
+    }
+    Ok(caches.into_any())
+}
+
+/// Deepest nesting of metadata; deeper keys stay dotted.
+const MAX_NESTING: usize = 16;
+
+/// Strings with dotted keys as the dicts and lists that mlx-lm flattened. The outermost level is always a dict.
+fn nested<'py>(py: Python<'py>, flat: BTreeMap<&str, &str>, depth: usize) -> PyResult<Bound<'py, PyAny>> {
+    let mut groups: BTreeMap<&str, BTreeMap<&str, &str>> = BTreeMap::new();
+    let dict = PyDict::new(py);
+    for (&key, &text) in &flat {
+        match key.split_once('.').filter(|(head, _)| depth < MAX_NESTING && !flat.contains_key(head)) {
+            Some((head, tail)) => {
+                groups.entry(head).or_default().insert(tail, text);
+            }
+            None => dict.set_item(key, text)?,
+        }
+    }
+    for (head, inner) in groups {
+        dict.set_item(head, nested(py, inner, depth + 1)?)?;
+    }
+    // Numbers from 0 on without a gap are places in a list.
+    let items: Option<Vec<_>> = (0..dict.len()).map(|place| dict.get_item(place.to_string()).transpose()).collect();
+    match items {
+        Some(items) if depth > 0 => {
+            PyList::new(py, items.into_iter().collect::<PyResult<Vec<_>>>()?).map(Bound::into_any)
+        }
+        _ => Ok(dict.into_any()),
+    }
 }
 
 /// A cache of our class of that name, or of mlx-lm's where we have none yet.

@@ -51,8 +51,8 @@ def test_the_callers_arrays_stay_as_they_are():
     cache, same = ConcatenateKVCache(), positions(0, 3)
     cache.update_and_fetch(same, same)
     cache.values = cache.values + 5
-    advance(cache, 1)
-    assert (held(same), held(cache.keys), held(cache.values)) == ([0, 1, 2], [0, 1, 2, 3], [5, 6, 7, 1003])
+    cache.update_and_fetch(positions(3, 4), positions(9, 10))
+    assert (held(same), held(cache.keys), held(cache.values)) == ([0, 1, 2], [0, 1, 2, 3], [5, 6, 7, 9])
 
 
 def test_dtypes_promote():

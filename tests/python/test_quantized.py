@@ -24,7 +24,7 @@ def test_the_defaults_are_those_of_mlx_lm():
 )
 def test_an_update_returns_each_token_as_mlx_quantizes_it(counts, bits, dtype):
     cache = QuantizedKVCache(group_size=32, bits=bits)
-    new = [(noise(n, dim=96, seed=n).astype(dtype), noise(n, dim=32, seed=-n).astype(dtype)) for n in counts]
+    new = [(noise(n, dim=96, seed=n).astype(dtype), noise(n, dim=32, seed=n + 1000).astype(dtype)) for n in counts]
     for keys, values in new:
         seen = cache.update_and_fetch(keys, values)
     for rows, fed in zip(seen, zip(*new, strict=True), strict=True):

@@ -62,7 +62,7 @@ def raw(array: mx.array) -> tuple[Any, ...]:
     """Give dtype, shape and bytes: equal only for arrays that are equal bit by bit."""
     assert type(array) is mx.array
     data = np.array(array if array.dtype == mx.bool_ else array.view(mx.uint8))
-    return array.dtype, tuple(array.shape), data.tobytes()
+    return str(array.dtype), tuple(array.shape), data.tobytes()
 
 
 def leaves(tree: Any) -> list[Any]:

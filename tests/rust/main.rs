@@ -13,5 +13,6 @@ mod kill;
 mod mock;
 mod prefill;
 mod prompt;
+mod revive;
 mod schema;
 mod wire;

@@ -1,0 +1,54 @@
+//! What becomes of files that load: real caches, which are updated, trimmed and saved.
+
+use mlxrs_py::array::{Array, Dtype};
+use mlxrs_py::cache::{Cache, KvTensor};
+use mlxrs_py::persist::{CacheFile, SaveOptions, load_prompt_cache, save_prompt_cache};
+use std::path::Path;
+
+/// Loads `file` into real caches, goes on with those of the crate's classes, and saves them. `folder` is scratch.
+pub fn revive(file: &[u8], folder: &Path) {
+    let path = folder.join("damaged.safetensors");
+    std::fs::write(&path, file).expect("scratch");
+    let (states, _) = CacheFile::open(&path).expect("what decodes opens").read().expect("what decodes reads");
+    let own = states.into_iter().filter(|state| Cache::of_class(&state.class).is_some());
+    let mut caches: Vec<Cache> = own.map(|state| Cache::from_state(state).expect("what is checked is taken")).collect();
+    for cache in &mut caches {
+        for n_tokens in [1, 3] {
+            update(cache, n_tokens);
+        }
+        let before = cache.as_dyn().offset();
+        match cache.as_dyn_mut().trim(2) {
+            Ok(n) => assert_eq!(cache.as_dyn().offset() + n, before),
+            Err(_) => assert!(!cache.as_dyn().is_trimmable()),
+        }
+    }
+    let options = SaveOptions { durable: false, ..SaveOptions::default() };
+    let saved =
+        save_prompt_cache(&folder.join("again"), &caches, &[].into(), &options).expect("what lives can be saved");
+    let (loaded, _) = load_prompt_cache(&saved.path).expect("what is saved can be loaded");
+    let offsets = |caches: &[Cache]| caches.iter().map(|cache| cache.as_dyn().offset()).collect::<Vec<_>>();
+    assert_eq!(offsets(&loaded), offsets(&caches));
+}
+
+/// Adds zeros of the shape that the cache holds, or of any if it is empty.
+fn update(cache: &mut Cache, n_tokens: i32) {
+    let group_size = if let Cache::Quantized(cache) = &*cache { Some(cache.group_size() as i32) } else { None };
+    let zeros = |tensor: Option<KvTensor>| {
+        let (shape, dtype) = match &tensor {
+            None => ([1, 1, 1, group_size.unwrap_or(4)], Dtype::F32),
+            Some(KvTensor::Dense(array)) => (array.shape().try_into().expect("four axes"), array.dtype()),
+            Some(KvTensor::Quantized([_, scales, _])) => {
+                let shape: [i32; 4] = scales.shape().try_into().expect("four axes");
+                ([shape[0], shape[1], 1, shape[3] * group_size.unwrap_or(1)], scales.dtype())
+            }
+        };
+        Array::zeros(&[shape[0], shape[1], n_tokens, shape[3]], dtype).expect("zeros")
+    };
+    let (keys, values) = (zeros(cache.as_dyn().keys()), zeros(cache.as_dyn().values()));
+    let before = cache.as_dyn().offset();
+    match cache.as_dyn_mut().update(&keys, &values) {
+        Ok(_) => assert_eq!(cache.as_dyn().offset(), before + n_tokens as usize),
+        // Offsets are counted in int32: at the very end there is no room.
+        Err(error) => assert_eq!(cache.as_dyn().offset(), before, "{error}"),
+    }
+}
