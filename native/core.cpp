@@ -37,6 +37,27 @@ extern "C" mlx_array mlxrs_host_array(const int* shape, int dim, mlx_dtype dtype
   }
 }
 
+extern "C" bool mlxrs_is_scheduled(const mlx_array array) {
+  return static_cast<mx::array*>(array.ctx)->status() != mx::array::Status::unscheduled;
+}
+
+extern "C" mlx_array mlxrs_scheduled_ancestor(const mlx_array array) {
+  try {
+    mx::array node = *static_cast<mx::array*>(array.ctx);
+    while (node.status() == mx::array::Status::unscheduled) {
+      if (node.inputs().empty()) {
+        return mlx_array{nullptr};
+      }
+      mx::array input = node.inputs()[0];
+      node = std::move(input);
+    }
+    return mlx_array{new mx::array(std::move(node))};
+  } catch (const std::exception& e) {
+    mlx_error(e.what());
+    return mlx_array{nullptr};
+  }
+}
+
 extern "C" const char* mlxrs_mlx_version(void) {
   return mx::version();
 }

@@ -25,6 +25,13 @@ mlx_stream mlxrs_current_stream(void);
    until the array is first used. On CUDA it is unified memory. An empty handle on failure, after the error handler. */
 mlx_array mlxrs_host_array(const int* shape, int dim, mlx_dtype dtype, void** data);
 
+/* True if the array has been computed, or its computation has been scheduled. */
+bool mlxrs_is_scheduled(const mlx_array array);
+
+/* The array itself, or what it would be computed from by the first input of each step, whichever is scheduled first:
+   the buffer that a chain of updates began with. An empty handle if there is none. */
+mlx_array mlxrs_scheduled_ancestor(const mlx_array array);
+
 /* MLX's version as libmlx, loaded now, tells it. */
 const char* mlxrs_mlx_version(void);
 

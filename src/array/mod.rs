@@ -68,6 +68,17 @@ impl Array {
         from_mlx(self.0.dtype())
     }
 
+    /// True when computed, or about to be: nothing is left to do on this thread.
+    pub fn is_scheduled(&self) -> bool {
+        self.0.is_scheduled()
+    }
+
+    /// This array if it [is scheduled](Self::is_scheduled); else what its chain of updates began with, if that is.
+    #[must_use]
+    pub fn before_unscheduled_updates(&self) -> Self {
+        self.0.scheduled_ancestor().map_or_else(|| self.clone(), Self)
+    }
+
     /// Length of `axis`, or 0 if there is none.
     pub fn dim_or(&self, axis: usize) -> usize {
         self.shape().get(axis).map_or(0, |&dim| dim as usize)

@@ -129,7 +129,7 @@ pub trait KvCache {
     }
 
     /// What [`rollback`](Self::rollback) needs to undo `n_tokens` more. Holds no array that an update would write in
-    /// place, if it can.
+    /// place, if it can: MLX would have to copy it.
     fn checkpoint(&self, n_tokens: usize) -> Checkpoint;
 
     /// Goes back to a checkpoint of this cache.
@@ -145,10 +145,15 @@ pub struct Checkpoint(CheckpointKind);
 
 #[derive(Debug)]
 enum CheckpointKind {
-    /// The rows before this offset outlive the update.
+    /// The rows before this offset outlive the update. What was not computed of it is taken off the buffers.
     Offset(usize),
     /// The update replaces rows: the cache as it was.
     Whole(Box<Cache>),
+}
+
+/// A buffer as it was before updates that were never computed: these may hold on to what failed.
+fn settled(buffer: Option<&Array>) -> Option<Array> {
+    buffer.map(Array::before_unscheduled_updates)
 }
 
 /// Any of the caches.

@@ -213,15 +213,22 @@ impl KvCache for QuantizedKvCache {
     }
 
     fn checkpoint(&self, _n_tokens: usize) -> Checkpoint {
-        Checkpoint(match self.keys {
-            Some(_) => CheckpointKind::Offset(self.offset),
-            None => CheckpointKind::Whole(Box::new(self.copy())),
+        let stays = !self.is_empty() && self.buffers().iter().all(|buffer| buffer.is_scheduled());
+        Checkpoint(if stays {
+            CheckpointKind::Offset(self.offset)
+        } else {
+            CheckpointKind::Whole(Box::new(self.copy()))
         })
     }
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
         match checkpoint.0 {
-            CheckpointKind::Offset(offset) => self.offset = offset,
+            CheckpointKind::Offset(offset) => {
+                self.offset = offset;
+                for buffer in self.keys.iter_mut().chain(&mut self.values).flatten() {
+                    *buffer = buffer.before_unscheduled_updates();
+                }
+            }
             CheckpointKind::Whole(cache) => {
                 if let Cache::Quantized(cache) = *cache {
                     *self = cache;

@@ -4,7 +4,7 @@ use super::plan::{Ring, Segment};
 use super::tensor::{check_update, zero_rows};
 use super::{
     Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, STEP, State, array_field, array_state,
-    checked_fields, count_field, dense, mask, nothing_yet,
+    checked_fields, count_field, dense, mask, nothing_yet, settled,
 };
 use crate::array::Array;
 use crate::error::{Error, Result};
@@ -216,7 +216,9 @@ impl KvCache for RotatingKvCache {
 
     fn checkpoint(&self, n_tokens: usize) -> Checkpoint {
         // Unless rows are overwritten or dropped, those before the offset outlive the update.
-        let stays = self.keys.is_some() && self.ring.offset + n_tokens < self.ring.max_size;
+        let stays = self.ring.offset + n_tokens < self.ring.max_size
+            && !self.is_empty()
+            && self.buffers().iter().all(|buffer| buffer.is_scheduled());
         Checkpoint(if stays {
             CheckpointKind::Offset(self.ring.offset)
         } else {
@@ -226,7 +228,11 @@ impl KvCache for RotatingKvCache {
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
         match checkpoint.0 {
-            CheckpointKind::Offset(offset) => (self.ring.offset, self.ring.index) = (offset, offset),
+            CheckpointKind::Offset(offset) => {
+                (self.keys, self.values) = (settled(self.keys.as_ref()), settled(self.values.as_ref()));
+                let len = self.keys.as_ref().map(|keys| keys.dim(2));
+                self.ring = Ring { offset, index: offset, len, ..self.ring };
+            }
             CheckpointKind::Whole(cache) => {
                 if let Cache::Rotating(cache) = *cache {
                     *self = cache;

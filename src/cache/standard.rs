@@ -4,7 +4,7 @@ use super::plan::Growth;
 use super::tensor::{check_update, zero_rows};
 use super::{
     Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, QuantizedKvCache, STEP, State, array_field,
-    array_state, checked_fields, count_field, dense, mask, nothing_yet,
+    array_state, checked_fields, count_field, dense, mask, nothing_yet, settled,
 };
 use crate::array::Array;
 use crate::error::Result;
@@ -137,16 +137,20 @@ impl KvCache for StandardKvCache {
     }
 
     fn checkpoint(&self, _n_tokens: usize) -> Checkpoint {
-        // Rows below the offset outlive any update; a held array would make MLX copy the buffer.
-        Checkpoint(match self.keys {
-            Some(_) => CheckpointKind::Offset(self.offset),
-            None => CheckpointKind::Whole(Box::new(self.copy())),
+        let stays = !self.is_empty() && self.buffers().iter().all(|buffer| buffer.is_scheduled());
+        Checkpoint(if stays {
+            CheckpointKind::Offset(self.offset)
+        } else {
+            CheckpointKind::Whole(Box::new(self.copy()))
         })
     }
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
         match checkpoint.0 {
-            CheckpointKind::Offset(offset) => self.offset = offset,
+            CheckpointKind::Offset(offset) => {
+                self.offset = offset;
+                (self.keys, self.values) = (settled(self.keys.as_ref()), settled(self.values.as_ref()));
+            }
             CheckpointKind::Whole(cache) => {
                 if let Cache::Standard(cache) = *cache {
                     *self = cache;

@@ -122,6 +122,22 @@ impl ArrayHandle {
         status == 0 && available
     }
 
+    /// True when computed, or about to be.
+    pub(crate) fn is_scheduled(&self) -> bool {
+        // SAFETY: a live array.
+        unsafe { raw::mlxrs_is_scheduled(self.0) }
+    }
+
+    /// The buffer that a chain of updates began with, if it is still there.
+    pub(crate) fn scheduled_ancestor(&self) -> Option<Self> {
+        error_handler::install();
+        // SAFETY: a live array; the result, unless empty, is a heap array made for us.
+        unsafe {
+            let found = raw::mlxrs_scheduled_ancestor(self.0);
+            (!found.ctx.is_null()).then(|| Self::own(found))
+        }
+    }
+
     /// Identity of the graph node: equal for two handles of one array.
     pub(crate) fn same_node(&self, other: &Self) -> bool {
         // SAFETY: both are live; the C++ object's first word is its pointer to the shared node.

@@ -90,7 +90,7 @@ impl<'py> Snapshot<'py> {
             return own.get().read(|cache| Self::Own(cache.checkpoint(n_tokens)));
         }
         let class = cache.get_type();
-        if is_reference(&class, &["KVCache", "QuantizedKVCache"])? && !cache.getattr("keys")?.is_none() {
+        if is_reference(&class, &["KVCache", "QuantizedKVCache"])? && is_scheduled(cache)? {
             return Ok(Self::Offset(cache.getattr("offset")?));
         }
         if is_reference(&class, &["CacheList"])? {
@@ -112,7 +112,7 @@ impl<'py> Snapshot<'py> {
                 Ok(())
             }
             Self::Offset(offset) => {
-                level_buffers(cache)?;
+                restore_buffers(cache)?;
                 cache.setattr("offset", offset)
             }
             Self::Children(children) => {
@@ -141,20 +141,27 @@ fn renew<'py>(state: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     Ok(state.clone())
 }
 
-/// mlx-lm's cache may have been interrupted between growing its keys and its values: cuts both to the shorter.
-fn level_buffers(cache: &Bound<'_, PyAny>) -> PyResult<()> {
-    let lengths = |name: &str| -> PyResult<Vec<usize>> {
-        let mut arrays = Vec::new();
-        from_python(&cache.getattr(name)?)?.for_each_array(&mut |array| arrays.push(array.dim(2)));
-        Ok(arrays)
+/// True if the cache has buffers and nothing of them is left to compute.
+fn is_scheduled(cache: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let mut buffers = Vec::new();
+    collect_arrays(cache, &mut buffers)?;
+    Ok(!buffers.is_empty() && buffers.iter().all(Array::is_scheduled))
+}
+
+/// Takes updates that were never computed off the buffers. mlx-lm's cache may have been interrupted between growing its
+/// keys and its values: both are cut to the shorter.
+fn restore_buffers(cache: &Bound<'_, PyAny>) -> PyResult<()> {
+    let buffers = |name: &str| {
+        let state = from_python(&cache.getattr(name)?)?;
+        state.try_map(&mut |array: Array| Ok::<_, PyErr>(array.before_unscheduled_updates()))
     };
-    let all: Vec<usize> = lengths("keys")?.into_iter().chain(lengths("values")?).collect();
-    let Some(&shortest) = all.iter().min() else { return Ok(()) };
-    if all.iter().all(|&length| length == shortest) {
-        return Ok(());
-    }
-    for name in ["keys", "values"] {
-        let cut = from_python(&cache.getattr(name)?)?.try_map(&mut |array: Array| array.rows(0, shortest))?;
+    let (keys, values) = (buffers("keys")?, buffers("values")?);
+    let mut shortest = usize::MAX;
+    let mut measure = |array: &Array| shortest = shortest.min(array.dim_or(2));
+    keys.for_each_array(&mut measure);
+    values.for_each_array(&mut measure);
+    for (name, buffer) in [("keys", keys), ("values", values)] {
+        let cut = buffer.try_map(&mut |array: Array| array.rows(0, shortest))?;
         cache.setattr(name, super::tree::to_python(cache.py(), cut)?)?;
     }
     Ok(())

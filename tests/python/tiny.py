@@ -104,15 +104,15 @@ class TinyModel(nn.Module):
         h = self.embed(tokens) if input_embeddings is None else input_embeddings
         self.windows.append(h.shape[1])
         self.tokens.append(tokens[0].tolist())
-        mask = cache[0].make_mask(h.shape[1])
         for layer, (qkv, own) in enumerate(zip(self.qkv, cache, strict=True)):
             self.on_layer(layer)
-            h = h + self.attend(qkv(h), own, mask)
+            h = h + self.attend(qkv(h), own)
             self.on_layer(layer)
         return self.out(h)
 
-    def attend(self, qkv: mx.array, cache: Any, mask: Any) -> mx.array:
+    def attend(self, qkv: mx.array, cache: Any) -> mx.array:
         n_tokens = qkv.shape[1]
+        mask = cache.make_mask(n_tokens, return_array=False, window_size=None)
         q, k, v = (x.reshape(1, n_tokens, 2, 32).transpose(0, 2, 1, 3) for x in mx.split(qkv, 3, axis=-1))
         q, k = self.rope(q, offset=cache.offset), self.rope(k, offset=cache.offset)
         keys, values = cache.update_and_fetch(k, v)

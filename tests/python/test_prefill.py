@@ -1,0 +1,245 @@
+"""``prefill``: windows, progress, quantization on the way, embeddings, errors."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_threads import elsewhere
+from tiny import TinyModel, every_class, leaves, raw
+
+import mlxrs_py
+from mlxrs_py.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, RotatingKVCache
+
+TOKENS = list(range(1, 11))
+
+
+def plain(n_layers=2):
+    return [KVCache() for _ in range(n_layers)]
+
+
+@pytest.mark.parametrize(
+    ("total", "windows", "calls"),
+    [
+        (1, [1], [0, 1]),
+        (2, [1, 1], [0, 1, 2]),
+        (5, [4, 1], [0, 4, 5]),
+        (6, [4, 1, 1], [0, 4, 5, 6]),
+        (9, [4, 4, 1], [0, 4, 8, 9]),
+        (10, [4, 4, 1, 1], [0, 4, 8, 9, 10]),
+    ],
+)
+def test_the_last_token_goes_alone_and_progress_follows_every_window(total, windows, calls):
+    model, caches, seen = TinyModel(), plain(), []
+    mlxrs_py.prefill(model, TOKENS[:total], caches, step_size=4, progress=lambda *call: seen.append(call))
+    assert model.windows == windows
+    assert sum(model.tokens, []) == TOKENS[:total]
+    assert seen == [(done, total) for done in calls]
+    assert [c.offset for c in caches] == [total, total]
+
+
+def test_progress_comes_between_the_windows():
+    model, trace = TinyModel(1), []
+    model.on_layer = lambda layer: trace.append("forward")
+    mlxrs_py.prefill(model, TOKENS[:6], plain(1), step_size=4, progress=lambda done, total: trace.append(done))
+    forward = ["forward", "forward"]
+    assert trace == [0, *forward, 4, *forward, 5, *forward, 6]
+
+
+@given(st.integers(1, 40), st.integers(1, 50))
+def test_the_windows_do_not_change_the_logits_beyond_rounding(total, step):
+    tokens = [1 + i % 60 for i in range(total)]
+    model, caches = TinyModel(), plain()
+    logits = mlxrs_py.prefill(model, tokens, caches, step_size=step)
+    whole = model(mx.array([tokens]), cache=plain())[:, -1, :]
+    assert logits.shape == (1, 61) and type(logits) is mx.array
+    assert mx.allclose(logits, whole, rtol=1e-4, atol=1e-4)
+    assert [c.offset for c in caches] == [total, total]
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        list,
+        tuple,
+        mx.array,
+        lambda t: mx.array(t, mx.uint32),
+        np.array,
+        lambda t: np.array(t, np.uint16),
+        lambda t: np.array(t, np.int32),
+    ],
+)
+def test_tokens_may_be_a_list_a_numpy_or_an_mlx_array(convert):
+    model = TinyModel()
+    expected = mlxrs_py.prefill(model, mx.array(TOKENS), plain(), step_size=4)
+    assert raw(mlxrs_py.prefill(model, convert(TOKENS), plain(), step_size=4)) == raw(expected)
+
+
+@every_class
+def test_after_each_leading_window_all_buffers_are_computed_and_freed_memory_is_returned(make):
+    caches, seen = [make(), make()], []
+
+    def progress(done, total):
+        if 0 < done < total:
+            assert mx.get_cache_memory() == 0
+            # Another thread cannot compute what was recorded on this one; it can only find it done.
+            elsewhere(lambda: mx.eval([c.state for c in caches]))
+            seen.append(done)
+
+    logits = mlxrs_py.prefill(TinyModel(), TOKENS, caches, step_size=4, progress=progress)
+    assert seen == [4, 8, 9]
+    elsewhere(lambda: mx.eval(logits))
+
+
+def test_any_callable_is_a_model():
+    logits = mlxrs_py.prefill(lambda tokens, cache: mx.ones((1, tokens.shape[1], 3)), TOKENS, [])
+    assert logits.tolist() == [[1, 1, 1]]
+
+
+def test_filled_caches_go_on():
+    model, caches = TinyModel(), plain()
+    mlxrs_py.prefill(model, TOKENS[:5], caches, step_size=4)
+    logits = mlxrs_py.prefill(model, TOKENS[5:], caches, step_size=4)
+    whole = model(mx.array([TOKENS]), cache=plain())[:, -1, :]
+    assert mx.allclose(logits, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, [], mx.array([], mx.int32), np.array([], np.int64)])
+def test_embeddings_stand_in_for_tokens(tokens):
+    model = TinyModel()
+    embeddings = model.embed(mx.array(TOKENS))
+    expected = mlxrs_py.prefill(model, TOKENS, plain(), step_size=4)
+    model.windows, model.tokens, caches = [], [], plain()
+    logits = mlxrs_py.prefill(model, tokens, caches, step_size=4, input_embeddings=embeddings)
+    assert raw(logits) == raw(expected)
+    assert model.windows == [4, 4, 1, 1]
+    assert sum(model.tokens, []) == list(tokens)
+    assert [c.offset for c in caches] == [10, 10]
+
+
+def test_embeddings_that_do_not_fit_are_refused_before_any_work():
+    model = TinyModel()
+    embeddings = model.embed(mx.array(TOKENS))
+    with pytest.raises(ValueError, match="tokens and embeddings of one length, got 3 tokens"):
+        mlxrs_py.prefill(model, TOKENS[:3], plain(), input_embeddings=embeddings)
+    with pytest.raises(ValueError, match="expected a model that takes input_embeddings"):
+        mlxrs_py.prefill(lambda tokens, cache: None, TOKENS, plain(), input_embeddings=embeddings)
+    with pytest.raises(ValueError, match="empty prompt"):
+        mlxrs_py.prefill(model, [], plain(), input_embeddings=embeddings[:0])
+    with pytest.raises(TypeError, match="mlx.core.array"):
+        mlxrs_py.prefill(model, TOKENS, plain(), input_embeddings=np.zeros((10, 64)))
+    assert model.windows == []
+
+
+@pytest.mark.parametrize("start", range(13))
+def test_caches_are_quantized_at_the_end_of_the_window_that_reaches_the_start(start):
+    classes = []
+
+    class Watched(TinyModel):
+        def __call__(self, tokens, cache):
+            classes.append({type(c) for c in cache})
+            return super().__call__(tokens, cache)
+
+    caches = plain()
+    mlxrs_py.prefill(Watched(), TOKENS, caches, step_size=4, kv_bits=4, kv_group_size=32, quantized_kv_start=start)
+    reached = next(i for i, offset in enumerate([4, 8, 9, 10, 99]) if start <= offset)
+    expected = [{KVCache}] * (reached + 1) + [{QuantizedKVCache}] * 4
+    assert [*classes, {type(c) for c in caches}] == expected[:5]
+    if reached < 4:
+        assert [(c.bits, c.group_size, c.offset) for c in caches] == [(4, 32, 10)] * 2
+
+
+def test_caches_without_a_quantized_form_stay():
+    caches = [KVCache(), ConcatenateKVCache(), QuantizedKVCache(32, bits=4)]
+    options = {"step_size": 4, "kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    mlxrs_py.prefill(TinyModel(3), TOKENS, caches, **options)
+    assert [type(c) for c in caches] == [QuantizedKVCache, ConcatenateKVCache, QuantizedKVCache]
+    assert [c.bits for c in caches[::2]] == [8, 4]
+
+
+def test_a_ring_that_would_have_to_be_quantized_is_refused_before_any_work():
+    model, caches = TinyModel(), [KVCache(), RotatingKVCache(64)]
+    with pytest.raises(NotImplementedError, match="kv_bits is not supported for RotatingKVCache"):
+        mlxrs_py.prefill(model, TOKENS, caches, kv_bits=4, kv_group_size=32, quantized_kv_start=10)
+    assert (model.windows, [c.offset for c in caches]) == ([], [0, 0])
+    mlxrs_py.prefill(model, TOKENS, caches, kv_bits=4, kv_group_size=32, quantized_kv_start=11)
+    assert [c.offset for c in caches] == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "at least one token, got an empty prompt"),
+        ([[1, 2]], {}, ValueError, r"token ids \(P,\) of an integer type"),
+        ([1.5, 2.0], {}, ValueError, "integer type"),
+        (3, {}, (ValueError, TypeError), "3|Int32|array|shape"),
+        ("text", {}, (ValueError, TypeError), "str|text"),
+        (None, {}, (ValueError, TypeError), "None"),
+        (TOKENS, {"step_size": 0}, ValueError, "step_size of at least 1, got 0"),
+        (TOKENS, {"step_size": -4}, ValueError, "step_size of at least 1, got -4"),
+        (TOKENS, {"step_size": 2.5}, TypeError, "integer"),
+        (TOKENS, {"kv_bits": 7}, ValueError, "bits among"),
+        (TOKENS, {"kv_bits": 4, "kv_group_size": 5}, ValueError, "group_size among"),
+        (TOKENS, {"progress": 3}, TypeError, "callable"),
+        (TOKENS, {"unknown": 3}, TypeError, "unknown"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(tokens, options, error, message):
+    model, caches = TinyModel(), plain()
+    with pytest.raises(error, match=message):
+        mlxrs_py.prefill(model, tokens, caches, **options)
+    assert (model.windows, [c.offset for c in caches]) == ([], [0, 0])
+
+
+def test_caches_that_cannot_be_replaced_are_refused_with_kv_bits():
+    model, caches = TinyModel(), tuple(plain())
+    with pytest.raises(TypeError, match="with kv_bits, expected a list of caches, got tuple"):
+        mlxrs_py.prefill(model, TOKENS, caches, kv_bits=4)
+    mlxrs_py.prefill(model, TOKENS, caches)
+    assert [c.offset for c in caches] == [10, 10]
+
+
+@pytest.mark.parametrize("result", [None, 3, "logits", mx.zeros((1, 61)), mx.zeros((61,)), mx.zeros((2, 1, 61))])
+def test_a_model_that_gives_no_logits_is_told_and_the_caches_are_put_back(result):
+    model, caches = TinyModel(), plain()
+    mlxrs_py.prefill(model, TOKENS, caches, step_size=4)
+
+    def broken(tokens, cache):
+        model(tokens, cache)
+        return result
+
+    before = leaves([c.keys_and_values() for c in caches])
+    with pytest.raises((TypeError, ValueError)):
+        mlxrs_py.prefill(broken, [1], caches)
+    assert leaves([c.keys_and_values() for c in caches]) == before
+
+
+@pytest.mark.parametrize("progress", [None, False, True])
+def test_progress_may_be_a_bar_or_nothing(progress, capfd):
+    mlxrs_py.prefill(TinyModel(), TOKENS, plain(), step_size=4, progress=progress)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stop_at", [0, 4, 8, 9, 10])
+def test_an_exception_in_progress_leaves_the_tokens_that_it_was_told_of(stop_at):
+    model, caches = TinyModel(), plain()
+
+    def progress(done, total):
+        if done == stop_at:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        mlxrs_py.prefill(model, TOKENS, caches, step_size=4, progress=progress)
+    assert [c.offset for c in caches] == [stop_at, stop_at]
+
+
+def test_a_prefill_does_not_keep_caches_or_model_alive():
+    import gc
+    import weakref
+
+    model, caches = TinyModel(), plain()
+    references = [weakref.ref(model), *map(weakref.ref, caches)]
+    mlxrs_py.prefill(model, TOKENS, caches, step_size=4)
+    del model, caches
+    gc.collect()
+    assert [r() for r in references] == [None] * 3
