@@ -151,9 +151,20 @@ enum CheckpointKind {
     Whole(Box<Cache>),
 }
 
-/// A buffer as it was before updates that were never computed: these may hold on to what failed.
-fn settled(buffer: Option<&Array>) -> Option<Array> {
-    buffer.map(Array::before_unscheduled_updates)
+/// Takes updates that were never computed off the buffers: these may hold on to what failed. If some buffers had grown
+/// already, all are cut to the shortest.
+fn settle<'a>(buffers: impl IntoIterator<Item = &'a mut Array>) {
+    let mut buffers: Vec<_> = buffers.into_iter().collect();
+    for buffer in &mut buffers {
+        **buffer = buffer.before_unscheduled_updates();
+    }
+    let shortest = buffers.iter().map(|buffer| buffer.dim(2)).min().unwrap_or(0);
+    for buffer in buffers {
+        match buffer.rows(0, shortest) {
+            Ok(cut) => *buffer = cut,
+            Err(error) => tracing::error!(%error, "a buffer could not be cut"),
+        }
+    }
 }
 
 /// Any of the caches.

@@ -5,7 +5,7 @@ use super::standard::write;
 use super::tensor::check_update;
 use super::{
     Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, STEP, State, checked_fields, count_field, mask,
-    nothing_yet,
+    nothing_yet, settle,
 };
 use crate::array::Array;
 use crate::error::{Error, Result};
@@ -225,9 +225,7 @@ impl KvCache for QuantizedKvCache {
         match checkpoint.0 {
             CheckpointKind::Offset(offset) => {
                 self.offset = offset;
-                for buffer in self.keys.iter_mut().chain(&mut self.values).flatten() {
-                    *buffer = buffer.before_unscheduled_updates();
-                }
+                settle(self.keys.iter_mut().chain(&mut self.values).flatten());
             }
             CheckpointKind::Whole(cache) => {
                 if let Cache::Quantized(cache) = *cache {

@@ -4,7 +4,7 @@ use super::plan::{Ring, Segment};
 use super::tensor::{check_update, zero_rows};
 use super::{
     Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, STEP, State, array_field, array_state,
-    checked_fields, count_field, dense, mask, nothing_yet, settled,
+    checked_fields, count_field, dense, mask, nothing_yet, settle,
 };
 use crate::array::Array;
 use crate::error::{Error, Result};
@@ -229,7 +229,7 @@ impl KvCache for RotatingKvCache {
     fn rollback(&mut self, checkpoint: Checkpoint) {
         match checkpoint.0 {
             CheckpointKind::Offset(offset) => {
-                (self.keys, self.values) = (settled(self.keys.as_ref()), settled(self.values.as_ref()));
+                settle(self.keys.iter_mut().chain(&mut self.values));
                 let len = self.keys.as_ref().map(|keys| keys.dim(2));
                 self.ring = Ring { offset, index: offset, len, ..self.ring };
             }

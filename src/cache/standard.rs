@@ -4,7 +4,7 @@ use super::plan::Growth;
 use super::tensor::{check_update, zero_rows};
 use super::{
     Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, QuantizedKvCache, STEP, State, array_field,
-    array_state, checked_fields, count_field, dense, mask, nothing_yet, settled,
+    array_state, checked_fields, count_field, dense, mask, nothing_yet, settle,
 };
 use crate::array::Array;
 use crate::error::Result;
@@ -149,7 +149,7 @@ impl KvCache for StandardKvCache {
         match checkpoint.0 {
             CheckpointKind::Offset(offset) => {
                 self.offset = offset;
-                (self.keys, self.values) = (settled(self.keys.as_ref()), settled(self.values.as_ref()));
+                settle(self.keys.iter_mut().chain(&mut self.values));
             }
             CheckpointKind::Whole(cache) => {
                 if let Cache::Standard(cache) = *cache {

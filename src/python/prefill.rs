@@ -226,11 +226,14 @@ impl Steps for PySteps<'_> {
 
     fn finish(&mut self) -> PyResult<()> {
         let Some(logits) = self.logits.take() else { return Ok(()) };
-        let [_, length, vocabulary] = logits.shape() else {
+        let (1, length, vocabulary) = (match *logits.shape() {
+            [batch, length, vocabulary] if length > 0 => (batch, length, vocabulary),
+            _ => (0, 0, 0),
+        }) else {
             let got = format!("{logits:?}");
             return Err(PyValueError::new_err(format!("prefill: expected logits (1, S, V) from the model, got {got}")));
         };
-        let last = logits.slice_axis_1(*length as usize - 1)?.reshape(&[1, *vocabulary])?;
+        let last = logits.slice_axis_1(length as usize - 1)?.reshape(&[1, vocabulary])?;
         self.logits = Some(last.clone());
         self.eval(vec![last])
     }

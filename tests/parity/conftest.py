@@ -1,0 +1,17 @@
+"""How hard the twins are driven, by MLXRS_PROFILE: ``fast`` (the default; the same cases every time) or ``slow``."""
+
+import os
+
+import twins
+from hypothesis import settings
+
+settings.register_profile("fast", max_examples=60, deadline=None, derandomize=True)
+settings.register_profile("slow", max_examples=1200, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("MLXRS_PROFILE", "fast"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if twins.COUNTS:
+        terminalreporter.section("operations that both did alike")
+        for name in sorted(twins.COUNTS):
+            terminalreporter.write_line(twins.summary(name))

@@ -1,0 +1,38 @@
+"""mlx-lm, as the tests see it; the only file that imports it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import load, stream_generate
+from mlx_lm.generate import generate_step
+from mlx_lm.models import cache, llama
+from mlx_lm.models.base import create_attention_mask
+
+__all__ = ["cache", "create_attention_mask", "generate_step", "llama", "load", "prefill", "stream_generate", "tiny_llama"]
+
+
+def tiny_llama(n_layers: int = 4) -> Any:
+    """A llama with random weights: heads of 32, grouped; vocabulary 61."""
+    mx.random.seed(11)
+    arguments = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=n_layers,
+        intermediate_size=96,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        vocab_size=61,
+    )
+    model = llama.Model(arguments)
+    mx.eval(model.parameters())
+    return model
+
+
+def prefill(model: Any, tokens: list[int], caches: list[Any], **options: Any) -> None:
+    """Run mlx-lm's own prefill, which gives no logits."""
+    for _ in generate_step(mx.array(tokens), model, max_tokens=0, prompt_cache=caches, **options):
+        pass

@@ -1,0 +1,20 @@
+"""Each class and mlx-lm's twin, through the same random operations."""
+
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from twins import COUNTS, ConcatenateTwins, KVTwins, QuantizedTwins, RotatingTwins
+
+SEQUENCES = {KVTwins: 90, RotatingTwins: 130, QuantizedTwins: 70, ConcatenateTwins: 70}
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("machine", SEQUENCES, ids=lambda machine: machine.name)
+def test_a_cache_and_its_twin_agree_bit_for_bit(machine):
+    effort = settings.default.max_examples // 60
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=SEQUENCES[machine] * effort, stateful_step_count=30)
+    )
+    counts = COUNTS[machine.name]
+    for what in machine.counted:
+        assert counts[what] >= 0.01 * counts["operations"], what
