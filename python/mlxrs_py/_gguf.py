@@ -41,7 +41,8 @@ def convert(source: Path, folder: Path) -> None:
         ValueError: If the file holds another architecture or another kind of tokenizer.
 
     """
-    weights, metadata = mx.load(str(source), format="gguf", return_metadata=True)
+    loaded: Any = mx.load(str(source), format="gguf", return_metadata=True)
+    weights, metadata = loaded
     if (architecture := metadata.get("general.architecture")) != "llama":
         raise ValueError(f"{source}: expected a model of architecture llama, got {architecture!r}")
     weights = _rename(_dequantize(weights))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +23,15 @@ from mlxrs_py.prefill import prefill
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["PromptInfo", "cache_prompt", "cache_prompt_ids", "chat_prompt", "model_fingerprint"]
+__all__ = [
+    "PromptInfo",
+    "cache_prompt",
+    "cache_prompt_ids",
+    "chat_prompt",
+    "load_model",
+    "model_fingerprint",
+    "question_prompt",
+]
 
 #: Metadata keys of mlx-lm.
 META_MODEL = "model"
@@ -30,6 +40,9 @@ META_TOKENIZER_CONFIG = "tokenizer_config"
 META_TOKENS = "mlxrs_tokens"
 META_TOKENS_BLAKE3 = "mlxrs_tokens_blake3"
 META_CONFIG_BLAKE3 = "mlxrs_config_blake3"
+
+#: Numbers of each weight that go into a fingerprint.
+_SAMPLE_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -89,17 +102,18 @@ def cache_prompt_ids(
 
     Raises:
         ValueError: For an empty prompt or metadata that a file cannot hold, before any work; no file is written.
-        OSError: If the file cannot be written; an older one then stays as it was.
+        OSError: If the file cannot be written; an older one then stays as it was. A missing folder, or a folder in
+            place of the file, is told before any work.
 
     """
     ids = _token_ids(tokens)
+    _check_target(file_name)
     entries = dict(metadata or {})
+    entries.pop(META_CONFIG_BLAKE3, None)
     entries[META_MODEL] = model_id
     entries[META_TOKENIZER_CONFIG] = tokenizer_config
     entries[META_TOKENS] = str(ids.size)
     entries[META_TOKENS_BLAKE3] = _core.blake3_hex(ids.astype("<i8").tobytes())
-    if (fingerprint := model_fingerprint(model)) is not None:
-        entries[META_CONFIG_BLAKE3] = fingerprint
     _core.check_save(entries, format)
 
     caches = config.make() if config is not None else make_prompt_cache(model, max_kv_size)
@@ -116,6 +130,9 @@ def cache_prompt_ids(
         progress=progress,
     )
     prefilled = time.perf_counter()
+    # Not earlier: it evaluates, and in a forked child only the prefill raises instead of hanging.
+    if (fingerprint := model_fingerprint(model)) is not None:
+        entries[META_CONFIG_BLAKE3] = fingerprint
     file, n_bytes = _core.save_prompt_cache_with_size(file_name, caches, entries, format=format, durable=durable)
     return PromptInfo(
         tokens_processed=int(ids.size),
@@ -135,8 +152,16 @@ def cache_prompt(
     adapter_path: str | None = None,
     trust_remote_code: bool = False,
     eos_token: str | None = None,
+    config: CacheConfig | None = None,
+    max_kv_size: int | None = None,
+    step_size: int = 2048,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
     metadata: Mapping[str, str] | None = None,
-    **options: Any,
+    format: str = "0.32",  # noqa: A002  (the name of the file's format, as in save_prompt_cache)
+    durable: bool = True,
+    progress: Callable[[int, int], object] | bool | None = None,
 ) -> PromptInfo:
     """Load a model through mlx-lm, run one user message through it and save the caches.
 
@@ -145,40 +170,63 @@ def cache_prompt(
 
     Args:
         model_path: A folder, or a name that ``mlx_lm.load`` knows; written as metadata ``model``.
-        prompt: The text.
+        prompt: The text; not empty.
         file_name: Gets ``.safetensors`` added if it lacks it.
         adapter_path: Adapters for the model.
-        trust_remote_code: Lets the tokenizer's repository run code.
+        trust_remote_code: Lets the code of the model's and the tokenizer's repository run.
         eos_token: Ends generation in place of the tokenizer's own.
+        config: This and all that follow are those of :func:`cache_prompt_ids`.
+        max_kv_size: For ``make_prompt_cache``.
+        step_size: Tokens per window of the prefill.
+        kv_bits: If given, caches are quantized on the way.
+        kv_group_size: Elements that share a scale.
+        quantized_kv_start: Tokens from which on caches are quantized.
         metadata: Further strings for the file.
-        **options: ``config``, ``max_kv_size``, ``step_size``, ``kv_bits``, ``kv_group_size``, ``quantized_kv_start``,
-            ``format``, ``durable`` and ``progress`` of :func:`cache_prompt_ids`.
+        format: The mlx-lm whose layout the file gets: "0.32" or "0.31".
+        durable: The file survives a crash of the machine from the moment this returns.
+        progress: As for :func:`mlxrs_py.prefill`.
 
     Raises:
         ImportError: If mlx-lm is not installed.
-        ValueError: For an empty prompt or metadata that a file cannot hold.
+        ValueError: For an empty prompt or metadata that a file cannot hold, before the model is loaded.
         OSError: If the file cannot be written; an older one then stays as it was.
 
     """
-    # What can be refused without the model is refused before it is loaded.
-    _core.check_save(dict(metadata or {}), options.get("format", "0.32"))
+    if not prompt:
+        raise ValueError("cache_prompt: expected a text, got an empty prompt")
+    _check_target(file_name)
+    _core.check_save(dict(metadata or {}), format)
     tokenizer_config: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if eos_token is not None:
         tokenizer_config["eos_token"] = eos_token
-    model, tokenizer = load_model(model_path, adapter_path=adapter_path, tokenizer_config=tokenizer_config)
+    model, tokenizer = load_model(
+        model_path, adapter_path=adapter_path, tokenizer_config=tokenizer_config, trust_remote_code=trust_remote_code
+    )
     return cache_prompt_ids(
         model,
         chat_prompt(tokenizer, prompt),
         file_name,
+        config=config,
+        max_kv_size=max_kv_size,
         model_id=str(model_path),
         tokenizer_config=json.dumps(tokenizer_config),
+        step_size=step_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
         metadata=metadata,
-        **options,
+        format=format,
+        durable=durable,
+        progress=progress,
     )
 
 
 def load_model(
-    model_path: str | PathLike[str], *, adapter_path: str | None = None, tokenizer_config: dict[str, Any] | None = None
+    model_path: str | PathLike[str],
+    *,
+    adapter_path: str | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer through mlx-lm."""
     try:
@@ -186,38 +234,77 @@ def load_model(
     except ImportError as error:
         raise ImportError("loading a model needs mlx-lm: pip install 'mlxrs_py[lm]'") from error
     model, tokenizer, *_ = mlx_lm.load(
-        str(model_path), adapter_path=adapter_path, tokenizer_config=tokenizer_config or {}
+        str(model_path),
+        adapter_path=adapter_path,
+        tokenizer_config=tokenizer_config or {},
+        trust_remote_code=trust_remote_code,
     )
     return model, tokenizer
 
 
 def chat_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Give the token ids of an unfinished user message, or of the plain text if there is no chat template."""
-    if getattr(tokenizer, "chat_template", None):
+    if tokenizer.has_chat_template:
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=False, continue_final_message=True, return_dict=False
-        )
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=False, continue_final_message=True)
     return tokenizer.encode(prompt)
 
 
-def model_fingerprint(model: Any) -> str | None:
-    """Hash a model's configuration: its arguments, and names, shapes and dtypes of its parameters.
+def question_prompt(tokenizer: Any, question: str) -> list[int]:
+    """Give the token ids that continue a cached :func:`chat_prompt` with a question, up to where the answer begins.
 
-    Two quantizations of one model differ here; two sets of weights of one shape do not. None for a callable without
-    parameters.
+    With a chat template that is the rest of the user message from the question on; what comes before is cached.
+    """
+    if not tokenizer.has_chat_template:
+        return tokenizer.encode(question)
+
+    def templated(text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    mark = "<query>"
+    start = templated(mark).index(mark)
+    return tokenizer.encode(templated(question)[start:], add_special_tokens=False)
+
+
+def model_fingerprint(model: Any) -> str | None:
+    """Hash what tells a model from others: its arguments; names, shapes and dtypes of its weights; a sample of each.
+
+    So another quantization, an adapter and a fine-tuned sister all differ, whatever the model's name. None for a
+    callable without parameters.
     """
     parameters = getattr(model, "parameters", None)
     if not callable(parameters):
         return None
+    weights = sorted(tree_flatten(parameters()), key=lambda item: item[0])
     arguments = getattr(model, "args", None)
     content = {
         "model": type(model).__module__.rsplit(".", 1)[-1],
         "args": dataclasses.asdict(arguments) if dataclasses.is_dataclass(arguments) else None,
-        "parameters": sorted((name, list(p.shape), str(p.dtype)) for name, p in tree_flatten(parameters())),
+        "parameters": [(name, list(weight.shape), str(weight.dtype)) for name, weight in weights],
     }
     text = json.dumps(content, sort_keys=True, default=str)
-    return _core.blake3_hex(text.encode())
+    return _core.blake3_hex(text.encode() + _sample([weight for _, weight in weights if weight.size]))
+
+
+def _sample(weights: list[mx.array]) -> bytes:
+    """Give the first numbers of each weight's first row; indexing by row copies nothing else."""
+    import numpy as np
+
+    rows = [weight[(0,) * (weight.ndim - 1)][:_SAMPLE_SIZE] if weight.ndim else weight[None] for weight in weights]
+    rows = [(row.astype(mx.uint8) if row.dtype == mx.bool_ else row.view(mx.uint8)) for row in rows]
+    mx.eval(rows)
+    return b"".join(np.asarray(row).tobytes() for row in rows)
+
+
+def _check_target(file_name: str | PathLike[str]) -> None:
+    """Refuse a file that could not be written anyway, before minutes of work."""
+    path = Path(file_name)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "cache_prompt: no such folder", str(path.parent))
+    target = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"cache_prompt: {os.strerror(errno.EISDIR)}", str(target))
 
 
 def _token_ids(tokens: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ pub(super) struct PyConcatenateKvCache;
 impl PyConcatenateKvCache {
     #[new]
     #[classmethod]
-    #[pyo3(signature = (*_args, **_kwargs))]
+    #[pyo3(signature = (*_args, **_kwargs), text_signature = "()")]
     fn py_new(
         class: &Bound<'_, PyType>,
         _args: &Bound<'_, PyTuple>,

@@ -14,7 +14,7 @@ pub(super) struct PyQuantizedKvCache;
 impl PyQuantizedKvCache {
     #[new]
     #[classmethod]
-    #[pyo3(signature = (*_args, **_kwargs))]
+    #[pyo3(signature = (*_args, **_kwargs), text_signature = "(group_size=64, bits=8)")]
     fn py_new(
         class: &Bound<'_, PyType>,
         _args: &Bound<'_, PyTuple>,

@@ -15,7 +15,7 @@ pub(super) struct PyRotatingKvCache;
 impl PyRotatingKvCache {
     #[new]
     #[classmethod]
-    #[pyo3(signature = (*_args, **_kwargs))]
+    #[pyo3(signature = (*_args, **_kwargs), text_signature = "(max_size, keep=0)")]
     fn py_new(
         class: &Bound<'_, PyType>,
         _args: &Bound<'_, PyTuple>,

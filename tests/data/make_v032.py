@@ -1,8 +1,9 @@
 """Writes the files of format 0.32 beside this script. Run with mlx-lm 0.32.2 and mlx 0.32.4."""
 
 import mlx.core as mx
-from cases import CASES, slots, tensor, write
 from mlx_lm.models import cache as lm
+
+from cases import CASES, slots, tensor, write
 
 
 def empty_caches() -> list:

@@ -10,7 +10,16 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import cache, llama
 from mlx_lm.models.base import create_attention_mask
 
-__all__ = ["cache", "create_attention_mask", "generate_step", "llama", "load", "prefill", "stream_generate", "tiny_llama"]
+__all__ = [
+    "cache",
+    "create_attention_mask",
+    "generate_step",
+    "llama",
+    "load",
+    "prefill",
+    "stream_generate",
+    "tiny_llama",
+]
 
 
 def tiny_llama(n_layers: int = 4) -> Any:

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
+
 from twins import COUNTS, ConcatenateTwins, KVTwins, QuantizedTwins, RotatingTwins
 
 SEQUENCES = {KVTwins: 90, RotatingTwins: 130, QuantizedTwins: 70, ConcatenateTwins: 70}

@@ -10,10 +10,10 @@ import sys
 import time
 
 import pytest
-from tiny import TinyModel
 
 import mlxrs_py
 from mlxrs_py import _core
+from tiny import TinyModel
 
 ESCAPE = "\x1b"
 

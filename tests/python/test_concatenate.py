@@ -4,9 +4,9 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import advance, feed, held, leaves, noise, positions
 
 from mlxrs_py.cache import ConcatenateKVCache
+from tiny import advance, feed, held, leaves, noise, positions
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=8))

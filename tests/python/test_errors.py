@@ -3,10 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import every_class, feed, leaves, noise
 
 import mlxrs_py
 from mlxrs_py.cache import ConcatenateKVCache, KVCache, create_attention_mask
+from tiny import every_class, feed, leaves, noise
 
 
 def test_exceptions_are_also_the_builtin_ones():

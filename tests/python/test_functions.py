@@ -3,7 +3,6 @@
 import warnings
 
 import pytest
-from tiny import TinyModel, feed, every_class
 
 from mlxrs_py.cache import (
     CacheConfig,
@@ -17,6 +16,7 @@ from mlxrs_py.cache import (
     make_prompt_cache,
     trim_prompt_cache,
 )
+from tiny import TinyModel, every_class, feed
 
 
 class Hooked:

@@ -7,10 +7,10 @@ import time
 
 import mlx.core as mx
 import pytest
-from tiny import TinyModel, feed, leaves, raw
 
 import mlxrs_py
 from mlxrs_py.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, RotatingKVCache
+from tiny import TinyModel, feed, leaves, raw
 
 N_LAYERS, STEP = 4, 4
 TOKENS, QUESTION = list(range(1, 23)), [30, 31, 32]
@@ -103,7 +103,9 @@ def test_ctrl_c_at_random_moments(make, options):
     for _ in range(100):
         caches, stopped = fresh(make), True
         me, delay = threading.get_ident(), rng.uniform(0, duration)
-        interrupter = threading.Thread(target=lambda t, d: (time.sleep(d), signal.pthread_kill(t, signal.SIGINT)), args=(me, delay))
+        interrupter = threading.Thread(
+            target=lambda t, d: (time.sleep(d), signal.pthread_kill(t, signal.SIGINT)), args=(me, delay)
+        )
         try:
             interrupter.start()
             mlxrs_py.prefill(model, TOKENS, caches, step_size=STEP, **options)

@@ -4,9 +4,9 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import advance, feed, held, leaves, noise, payload_nans, positions, raw
 
 from mlxrs_py.cache import KVCache, QuantizedKVCache
+from tiny import advance, feed, held, leaves, noise, payload_nans, positions, raw
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import weakref
 
 import mlx.core as mx
 import pytest
-from tiny import MAKERS, every_class, feed, leaves, noise, raw
 
 import mlxrs_py.cache
 from mlxrs_py.cache import Cache, KVCache, QuantizedKVCache, RotatingKVCache
+from tiny import MAKERS, every_class, feed, leaves, noise, raw
 
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "method": lambda cache: cache.copy()}
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_threads import elsewhere
-from tiny import TinyModel, every_class, leaves, raw
 
 import mlxrs_py
 from mlxrs_py.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, RotatingKVCache
+from test_threads import elsewhere
+from tiny import TinyModel, every_class, leaves, raw
 
 TOKENS = list(range(1, 11))
 

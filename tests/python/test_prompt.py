@@ -5,11 +5,11 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import TinyModel
 
 import mlxrs_py
 from mlxrs_py.cache import KVCache, QuantizedKVCache, RotatingKVCache, load_prompt_cache
 from mlxrs_py.prompt import META_TOKENS, META_TOKENS_BLAKE3
+from tiny import TinyModel
 
 TOKENS = list(range(1, 24))
 

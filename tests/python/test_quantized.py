@@ -4,9 +4,9 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import feed, leaves, noise, raw
 
 from mlxrs_py.cache import QuantizedKVCache
+from tiny import feed, leaves, noise, raw
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
 

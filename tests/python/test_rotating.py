@@ -6,9 +6,9 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import advance, feed, held, leaves, noise, positions
 
 from mlxrs_py.cache import RotatingKVCache
+from tiny import advance, feed, held, leaves, noise, positions
 
 
 @st.composite

@@ -7,10 +7,10 @@ import threading
 
 import mlx.core as mx
 import pytest
-from tiny import TinyModel, every_class, feed, leaves, noise
 
 import mlxrs_py
 from mlxrs_py.cache import KVCache, load_prompt_cache, save_prompt_cache
+from tiny import TinyModel, every_class, feed, leaves, noise
 
 
 def elsewhere(work):

@@ -1,0 +1,258 @@
+"""The Rust core. Import it through ``mlxrs_py`` and ``mlxrs_py.cache``.
+
+Shapes: B sequences, H key-value heads, S new tokens, L rows of a buffer, D and Dv head sizes of keys and values. Sizes
+are in tokens (rows) unless a name says bytes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Self, SupportsIndex
+
+import mlx.core as mx
+from typing_extensions import disjoint_base
+
+__all__ = [
+    "Cache",
+    "CacheFormatError",
+    "ConcatenateKVCache",
+    "KVCache",
+    "MlxError",
+    "MlxrsError",
+    "QuantizedKVCache",
+    "RotatingKVCache",
+    "__version__",
+    "_live_handles",
+    "adopt",
+    "blake3_hex",
+    "build_info",
+    "check_save",
+    "create_attention_mask",
+    "inspect_file",
+    "load_prompt_cache",
+    "make_prompt_cache_from_config",
+    "prefill",
+    "save_prompt_cache",
+    "save_prompt_cache_with_size",
+]
+__version__: str
+
+class MlxrsError(Exception):
+    """Base of the exceptions of mlxrs_py."""
+
+class MlxError(MlxrsError, RuntimeError):
+    """A failure inside MLX: the operation and MLX's own words."""
+
+class CacheFormatError(MlxrsError, ValueError):
+    """A cache file that is damaged or lies: the file, the key, what the format asks for and what was found."""
+
+@disjoint_base
+class Cache:
+    """Keys and values of one attention layer: what every cache class has.
+
+    Methods are lazy: they record MLX operations and evaluate nothing. What fails leaves the cache as it was. Copies,
+    states and adopted caches share memory with their origin until one of them writes.
+    """
+
+    #: Rows by which the buffers grow, 256. May be set on a subclass or an instance.
+    step: ClassVar[int]
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self: ...
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Take the keys and values of new tokens and give all that attention shall see.
+
+        Shapes: ``keys`` (B, H, S, D), ``values`` (B, H, S, Dv). A quantized cache gives triples.
+
+        Errors: ValueError if the shapes do not fit each other or what the cache holds.
+        """
+    @property
+    def offset(self) -> int:
+        """Tokens seen so far: the position of the next one."""
+    @offset.setter
+    def offset(self, value: int) -> None: ...
+    @property
+    def keys(self) -> Any:
+        """Buffer of the keys (B, H, L, D), padding included; None before the first update."""
+    @keys.setter
+    def keys(self, value: Any) -> None: ...
+    @property
+    def values(self) -> Any:
+        """Buffer of the values (B, H, L, Dv), padding included; None before the first update."""
+    @values.setter
+    def values(self, value: Any) -> None: ...
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """Give the valid rows. ValueError when empty."""
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """All that makes up the cache, in the order of mlx-lm 0.32.2: a snapshot that later updates do not change.
+
+        Setting it checks the whole first: ValueError if the class cannot have such a state.
+        """
+    @state.setter
+    def state(self, value: Any) -> None: ...
+    @classmethod
+    def from_state(cls, state: Any) -> Self:
+        """Build a cache from a ``state``, without running the constructor."""
+    def size(self) -> int:
+        """Give the tokens whose rows are held."""
+    def empty(self) -> bool:
+        """Tell whether nothing was ever put in."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, padding included; 0 when empty."""
+    def is_trimmable(self) -> bool:
+        """Tell whether the newest tokens can be taken back."""
+    def trim(self, n: int) -> int:
+        """Take back up to ``n`` of the newest tokens, and give how many. ValueError if ``n`` is negative."""
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> Any:  # noqa: N803
+        """Make the mask for ``N`` tokens that are about to be updated.
+
+        Gives None (all visible), ``"causal"``, or a bool array (N, K) that is True where a token may look; a ring gives
+        (K,) for one token.
+        """
+    def copy(self) -> Self:
+        """Give an independent cache of the same class."""
+    def __copy__(self) -> Self: ...
+    def __deepcopy__(self, memo: Any) -> Self: ...
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[Any, ...]: ...
+    def __setstate__(self, attributes: dict[str, Any]) -> None: ...
+    def __setattr__(self, name: str, value: Any, /) -> None: ...
+    def __delattr__(self, name: str, /) -> None: ...
+
+class KVCache(Cache):
+    """Keys and values in buffers that grow by ``step`` rows."""
+
+    def __init__(self) -> None: ...
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
+        """Give the same tokens in a QuantizedKVCache. ValueError for sizes that MLX does not support."""
+
+class RotatingKVCache(Cache):
+    """The newest ``max_size`` tokens in a ring, behind the first ``keep``, which are never overwritten.
+
+    Once ``max_size`` tokens have been seen nothing can be trimmed: ``trim`` raises ValueError then.
+    """
+
+    def __init__(self, max_size: int, keep: int = 0) -> None:
+        """Make an empty ring. ValueError unless ``0 <= keep < max_size``."""
+    @property
+    def max_size(self) -> int:
+        """Rows that the ring holds once full."""
+    @max_size.setter
+    def max_size(self, value: int) -> None: ...
+    @property
+    def keep(self) -> int:
+        """First rows that are never overwritten."""
+    @keep.setter
+    def keep(self, value: int) -> None: ...
+    @property
+    def _idx(self) -> int:
+        """Row after the last one written."""
+    @_idx.setter
+    def _idx(self, value: int) -> None: ...
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        """Raise NotImplementedError, as mlx-lm does."""
+
+class QuantizedKVCache(Cache):
+    """A KVCache whose rows are affine-quantized once, when they come.
+
+    Keys and values are triples: packed words (B, H, L, D * bits / 32) uint32, scales and biases (B, H, L, D /
+    group_size) in the type of the first update.
+    """
+
+    def __init__(self, group_size: int = 64, bits: int = 8) -> None:
+        """Make an empty cache. ValueError unless group_size is 32, 64 or 128 and bits 1, 2, 3, 4, 5, 6 or 8."""
+    @property
+    def group_size(self) -> int:
+        """Elements that share a scale and a bias."""
+    @group_size.setter
+    def group_size(self, value: int) -> None: ...
+    @property
+    def bits(self) -> int:
+        """Bits per element."""
+    @bits.setter
+    def bits(self, value: int) -> None: ...
+
+class ConcatenateKVCache(Cache):
+    """Exactly the rows, joined anew at each update."""
+
+    def __init__(self) -> None: ...
+
+def adopt(caches: Iterable[Any]) -> list[Any]:
+    """Replace mlx-lm's caches by ours with the same parameters, tokens and buffers; others stay.
+
+    Memory is shared until one of the two writes. Caches inside a CacheList are replaced in place.
+    """
+
+def create_attention_mask(N: int, offset: int, return_array: bool, window_size: int | None) -> Any:  # noqa: N803
+    """Make the mask of a cache that keeps every row: None, ``"causal"``, or a bool array (N, offset + N)."""
+
+def make_prompt_cache_from_config(num_hidden_layers: int, sliding_window: int | None) -> list[Any]:
+    """Make one fresh cache per layer: RotatingKVCache(sliding_window, keep=0) if there is a window, else KVCache."""
+
+def prefill(
+    model: Callable[..., mx.array],
+    tokens: Any,
+    cache: Any,
+    *,
+    step_size: int = 2048,
+    input_embeddings: mx.array | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
+    progress: Callable[[int, int], object] | None = None,
+) -> mx.array:
+    """Run tokens through a model in windows; see ``mlxrs_py.prefill``."""
+
+def save_prompt_cache(
+    file_name: str | PathLike[str],
+    cache: Iterable[Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    format: str = "0.32",  # noqa: A002
+    padded: bool = False,
+    durable: bool = True,
+) -> None:
+    """Save caches, ours or mlx-lm's, into one safetensors file.
+
+    The file appears whole or not at all, and holds the valid rows only. ``.safetensors`` is added to a name without it.
+    ``format`` is the mlx-lm that shall read the file. ``padded`` (0.32 only) writes mlx-lm's full buffers, the padding
+    zeroed. ``durable``: the file survives a crash of the machine from the moment this returns.
+
+    Errors: ValueError or TypeError for metadata or states that a file cannot hold, MlxError if evaluating fails,
+    OSError if the system refuses. An older file then stays as it was.
+    """
+
+def save_prompt_cache_with_size(
+    file_name: str | PathLike[str],
+    cache: Iterable[Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    format: str = "0.32",  # noqa: A002
+    padded: bool = False,
+    durable: bool = True,
+) -> tuple[Path, int]:
+    """Save as ``save_prompt_cache`` does, and give the file and its size in bytes."""
+
+def check_save(metadata: Mapping[str, str], format: str) -> None:  # noqa: A002
+    """Raise what a save with this metadata and format would raise."""
+
+def load_prompt_cache(file_name: str | PathLike[str], return_metadata: bool = False) -> Any:
+    """Load the caches of a file that we or mlx-lm wrote, in either format.
+
+    Tries the exact name, then with ``.safetensors``. Gives a list, or with ``return_metadata`` a pair (list, dict).
+    Classes that we lack come back as mlx-lm's own.
+
+    Errors: CacheFormatError for a file that is damaged or lies, before anything is built; OSError if it cannot be read.
+    """
+
+def inspect_file(file_name: str | PathLike[str]) -> dict[str, Any]:
+    """Tell what a cache file holds, from its checked header: file, format, metadata, layers."""
+
+def blake3_hex(data: bytes) -> str:
+    """Give the BLAKE3 hash of some bytes, as 64 hex digits."""
+
+def build_info() -> dict[str, Any]:
+    """Tell what the core was built from, and the device that it runs on now."""
+
+def _live_handles() -> int:
+    """Count the array handles alive now; 0 in release builds."""
