@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,11 +30,14 @@ _VERSION = 1
 _STAMP = "mlxrs_py.json"
 
 
-def default_model_path() -> Path:
+def default_model_path(on_make: Callable[[Path], object] | None = None) -> Path:
     """Give the folder of the default model, which ``mlx_lm.load`` takes, and make it first if need be.
 
     The folder lies in the user's cache folder, or under ``MLXRS_PY_CACHE_DIR`` if that is set. It appears whole or not
     at all; a damaged one is made anew. Several processes may call this at once.
+
+    Args:
+        on_make: Called with the folder before it is made, which takes some seconds.
 
     Raises:
         MlxrsError: If the wheel with the model is not installed; the message says how to install it.
@@ -49,15 +52,19 @@ def default_model_path() -> Path:
     with _alone(folder.with_name(f".{_NAME}.lock")):
         # Another process may have made it while this one waited.
         if not _is_whole(folder):
+            if on_make is not None:
+                on_make(folder)
             _make(source, folder)
     return folder
 
 
 def _cache_folder() -> Path:
     if own := os.environ.get("MLXRS_PY_CACHE_DIR"):
-        return Path(own)
-    from platformdirs import user_cache_path
-
+        return Path(own).absolute()
+    try:
+        from platformdirs import user_cache_path
+    except ImportError as error:
+        raise MlxrsError("the default model needs platformdirs and mlx-lm: pip install 'mlxrs_py[lm]'") from error
     return user_cache_path("mlxrs_py")
 
 
@@ -102,6 +109,7 @@ def _make(source: Path, folder: Path) -> None:
         convert(source, work)
         stamp = {"version": _VERSION, "files": _sizes(work)}
         (work / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+        _sync(work)
         if folder.exists():
             folder.rename(work / "replaced")
         # A folder takes no name that is in use, so the old one moved into the new one first.
@@ -110,3 +118,13 @@ def _make(source: Path, folder: Path) -> None:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _sync(folder: Path) -> None:
+    """Bring the files to the disk: after a crash of the machine their sizes could be right and their bytes not."""
+    for place in [*folder.iterdir(), folder]:
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -271,12 +271,13 @@ def model_fingerprint(model: Any) -> str | None:
     """Hash what tells a model from others: its arguments; names, shapes and dtypes of its weights; a sample of each.
 
     So another quantization, an adapter and a fine-tuned sister all differ, whatever the model's name. None for a
-    callable without parameters.
+    callable that is no ``mlx.nn.Module``.
     """
-    parameters = getattr(model, "parameters", None)
-    if not callable(parameters):
+    from mlx.nn import Module
+
+    if not isinstance(model, Module):
         return None
-    weights = sorted(tree_flatten(parameters()), key=lambda item: item[0])
+    weights = sorted(tree_flatten(model.parameters()), key=lambda item: item[0])
     arguments = getattr(model, "args", None)
     content = {
         "model": type(model).__module__.rsplit(".", 1)[-1],

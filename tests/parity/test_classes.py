@@ -6,7 +6,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from twins import COUNTS, ConcatenateTwins, KVTwins, QuantizedTwins, RotatingTwins
 
-SEQUENCES = {KVTwins: 90, RotatingTwins: 130, QuantizedTwins: 70, ConcatenateTwins: 70}
+SEQUENCES = {KVTwins: 200, RotatingTwins: 400, QuantizedTwins: 200, ConcatenateTwins: 100}
 
 
 @pytest.mark.timeout(7200)

@@ -5,39 +5,74 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
 _EXIT_ERROR = 1
 _EXIT_INTERRUPTED = 130
 
+_EXAMPLES = """\
+example:
+  mlxrs-py cache-prompt --prompt - --prompt-cache-file book < book.txt
+  mlxrs-py generate --prompt-cache-file book.safetensors --prompt "Who is Alice?"
+
+Each command has its own help: mlxrs-py COMMAND --help
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and give its exit code: 0, 1 (an error, told in one line), 2 (usage) or 130 (Ctrl-C)."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    """Run a command and give its exit code: 0, 1 (an error, told in one line) or 130 (Ctrl-C).
+
+    Wrong usage leaves as argparse does it, with ``SystemExit(2)``.
+    """
+    debug = False
     try:
-        code = arguments.run(arguments)
-        sys.stdout.flush()
+        try:
+            arguments = _parser().parse_args(argv)
+            debug = arguments.debug
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return arguments.run(arguments)
+        finally:
+            # Here a reader that has gone raises what is handled below; at the interpreter's exit it would be noise.
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("mlxrs-py: interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone; what is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_ERROR
     except Exception as error:
-        if arguments.debug:
+        if debug:
             raise
         print(f"mlxrs-py: {_one_line(error)}", file=sys.stderr)
         return _EXIT_ERROR
-    return code
 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}: pip install 'mlxrs_py[lm]'"
+    if not text:
+        return type(error).__name__
+    # A KeyError's text is the bare key.
+    return f"KeyError: {text}" if isinstance(error, KeyError) else text
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"mlxrs-py: warning: {message}", file=sys.stderr)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Lists commands without the line that only says COMMAND."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse._SubParsersAction):
+            return "".join(map(self._format_action, action._get_subactions()))
+        return super()._format_action(action)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="mlxrs-py",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22),
+        formatter_class=_HelpFormatter,
         description="Cache prompts of language models in files, and answer from them.",
-        epilog="Each command has its own help: mlxrs-py COMMAND --help",
+        epilog=_EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"mlxrs-py {__version__}")
     common = argparse.ArgumentParser(add_help=False)

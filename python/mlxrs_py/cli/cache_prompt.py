@@ -21,19 +21,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="run a prompt through a model and save the caches",
         description="Run a prompt through a model and save the caches. A later question continues the prompt.",
     )
-    models.add_flags(parser, model_help="folder or hub name (default: the embedded SmolLM2-135M-Instruct)")
-    parser.add_argument("--prompt", required=True, help='the text; "-" reads standard input')
-    parser.add_argument("--prompt-cache-file", required=True, metavar="FILE", help="the file to write")
-    parser.add_argument("--max-kv-size", type=int, metavar="N", help="keep only the newest N tokens (and the first 4)")
-    parser.add_argument("--kv-bits", type=int, metavar="BITS", help="quantize the caches (default: off)")
-    parser.add_argument("--kv-group-size", type=int, default=64, metavar="N", help="quantization group (default: 64)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help='the text; "-" reads standard input')
     parser.add_argument(
-        "--quantized-kv-start", type=int, default=5000, metavar="N", help="quantize from token N on (default: 5000)"
+        "--prompt-cache-file", required=True, metavar="FILE", help="the file to write; ends in .safetensors"
     )
-    parser.add_argument(
-        "--prefill-step-size", type=int, default=2048, metavar="N", help="tokens per chunk (default: 2048)"
-    )
-    parser.add_argument("--format", choices=["0.32", "0.31"], default="0.32", help="mlx-lm that shall read the file")
     parser.add_argument(
         "--metadata",
         action="append",
@@ -42,7 +33,32 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="K=V",
         help="a string for the file; may be repeated",
     )
+    parser.add_argument(
+        "--format", choices=["0.32", "0.31"], default="0.32", help="the mlx-lm that shall read the file (default: 0.32)"
+    )
     parser.add_argument("--no-progress", action="store_true", help="print nothing but errors")
+    models.add_flags(parser, model_help="folder or hub name (default: the embedded SmolLM2-135M-Instruct)")
+    caches = parser.add_argument_group("caches")
+    caches.add_argument(
+        "--max-kv-size",
+        type=models.positive,
+        metavar="N",
+        help="keep the first 4 and the newest tokens, N in all; models that make their own caches ignore it",
+    )
+    caches.add_argument("--kv-bits", type=models.positive, metavar="BITS", help="quantize the caches (default: off)")
+    caches.add_argument(
+        "--kv-group-size",
+        type=models.positive,
+        default=64,
+        metavar="N",
+        help="numbers that share a scale (default: 64)",
+    )
+    caches.add_argument(
+        "--quantized-kv-start", type=int, default=5000, metavar="N", help="quantize from token N on (default: 5000)"
+    )
+    caches.add_argument(
+        "--prefill-step-size", type=models.positive, default=2048, metavar="N", help="tokens per chunk (default: 2048)"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -56,7 +72,7 @@ def _pair(text: str) -> tuple[str, str]:
 def _run(arguments: argparse.Namespace) -> int:
     from mlxrs_py.prompt import cache_prompt
 
-    model = models.resolve(arguments.model)
+    model = models.make_default(silent=arguments.no_progress) if arguments.model is None else arguments.model
     models.quiet()
     info = cache_prompt(
         model,
@@ -87,11 +103,14 @@ def _progress() -> Callable[[int, int], object] | bool:
     """Give a bar on a terminal, plain lines in a pipe."""
     if sys.stderr.isatty():
         return True
-    start = time.perf_counter()
+    start: float | None = None
 
     def line(done: int, total: int) -> None:
-        elapsed = time.perf_counter() - start
-        speed = f" {done / elapsed:.1f} tok/s" if done and elapsed else ""
+        nonlocal start
+        now = time.perf_counter()
+        # The first call comes before the first token: loading the model does not count.
+        start = now if start is None else start
+        speed = f", {done / (now - start):.1f} tok/s" if now > start else ""
         print(f"{done}/{total} tokens{speed}", file=sys.stderr, flush=True)
 
     return line

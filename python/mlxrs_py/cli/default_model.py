@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mlxrs_py.cli import models
+
 __all__ = ["add"]
 
 
@@ -14,13 +16,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "default-model",
         parents=[common],
         help="print the folder of the embedded default model",
-        description="Print the folder of the embedded default model, making it first if need be.",
+        description=(
+            "Print the folder of the embedded default model, making it first if need be. It lies in your cache folder, "
+            "or under MLXRS_PY_CACHE_DIR."
+        ),
     )
     parser.set_defaults(run=_run)
 
 
 def _run(_arguments: argparse.Namespace) -> int:
-    from mlxrs_py.default_model import default_model_path
-
-    print(default_model_path())
+    print(models.make_default())
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxrs_py.cli import models
 
-__all__ = ["add", "question_ids"]
+__all__ = ["add"]
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -21,38 +21,53 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="answer from a saved cache",
         description="Answer a prompt that continues a saved one. The cache file is not changed.",
     )
-    models.add_flags(parser, model_help="folder or hub name (default: the one that the cache was made with)")
     parser.add_argument("--prompt-cache-file", required=True, metavar="FILE", help="the saved cache")
-    parser.add_argument("--prompt", required=True, help='the question; "-" reads standard input')
-    parser.add_argument("--max-tokens", "-m", type=int, default=100, metavar="N", help="longest answer (default: 100)")
     parser.add_argument(
-        "--temp", type=float, default=0.0, metavar="T", help="sampling temperature (default: 0, greedy)"
+        "--prompt", required=True, metavar="TEXT", help=r'the question; "-" reads standard input, \n starts a line'
     )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (default: 1, off)")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
+    parser.add_argument(
+        "--max-tokens", "-m", type=int, default=100, metavar="N", help="longest answer; -1 is no limit (default: 100)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    models.add_flags(parser, model_help="folder or hub name (default: the one that the cache was made with)")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--temp", type=float, default=0.0, metavar="T", help="temperature (default: 0, greedy)")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus (default: 1, off)")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="likeliest tokens (default: 0, off)")
+    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="least probability (default: 0, off)")
+    sampling.add_argument("--seed", type=int, metavar="N", help="makes a sampled answer repeatable")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from mlxrs_py.cache import load_prompt_cache, make_prompt_cache
 
-    caches, metadata = load_prompt_cache(arguments.prompt_cache_file, return_metadata=True)
+    file = arguments.prompt_cache_file
+    caches, metadata = load_prompt_cache(file, return_metadata=True)
     model_name = _model_name(arguments, metadata)
-    tokenizer_config = json.loads(metadata.get("tokenizer_config", "{}"))
-    tokenizer_config["trust_remote_code"] = arguments.trust_remote_code
-    if arguments.eos_token is not None:
-        tokenizer_config["eos_token"] = arguments.eos_token
-    model, tokenizer = models.load(model_name, arguments.adapter_path, tokenizer_config)
-    _check_model(model, metadata, arguments.prompt_cache_file)
+    model, tokenizer = models.load(model_name, arguments.adapter_path, _tokenizer_config(arguments, metadata))
+    _check_model(model, metadata, file)
     if len(caches) != (expected := len(make_prompt_cache(model))):
-        message = f"expected {expected} caches for {model_name}, got {len(caches)}"
-        raise ValueError(f"{arguments.prompt_cache_file}: {message}")
+        raise ValueError(f"{file}: expected {expected} caches for {model_name}, got {len(caches)}")
     _answer(arguments, model, tokenizer, caches)
     return 0
 
 
-def _model_name(arguments: argparse.Namespace, metadata: dict[str, str]) -> str:
+def _tokenizer_config(arguments: argparse.Namespace, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Give what the cache was made with, but let only the user trust remote code."""
+    recorded = metadata.get("tokenizer_config", "{}")
+    try:
+        config = dict(json.loads(recorded))
+    except (TypeError, ValueError) as error:
+        message = f"{arguments.prompt_cache_file}: expected tokenizer_config to be a JSON object, got {recorded!r}"
+        raise ValueError(message) from error
+    config["trust_remote_code"] = arguments.trust_remote_code
+    if arguments.eos_token is not None:
+        config["eos_token"] = arguments.eos_token
+    return config
+
+
+def _model_name(arguments: argparse.Namespace, metadata: dict[str, Any]) -> str:
     """Give the model to load. Without our fingerprint in the file only its name can be compared, as mlx-lm does."""
     from mlxrs_py.prompt import META_CONFIG_BLAKE3
 
@@ -66,26 +81,12 @@ def _model_name(arguments: argparse.Namespace, metadata: dict[str, str]) -> str:
     return arguments.model
 
 
-def _check_model(model: Any, metadata: dict[str, str], file: str) -> None:
+def _check_model(model: Any, metadata: dict[str, Any], file: str) -> None:
     from mlxrs_py.prompt import META_CONFIG_BLAKE3, model_fingerprint
 
     recorded, found = metadata.get(META_CONFIG_BLAKE3), model_fingerprint(model)
     if recorded is not None and recorded != found:
-        raise ValueError(f"{file}: the cache is of another model: expected configuration {recorded[:16]}…, got {found}")
-
-
-def question_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Give the part of a templated user message that begins with the user's text: what comes before is cached."""
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer.encode(prompt)
-
-    def templated(text: str) -> str:
-        messages = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    mark = "<query>"
-    start = templated(mark).index(mark)
-    return tokenizer.encode(templated(prompt)[start:], add_special_tokens=False)
+        raise ValueError(f"{file}: the cache is of another model: expected fingerprint {recorded}, got {found}")
 
 
 def _answer(arguments: argparse.Namespace, model: Any, tokenizer: Any, caches: list[Any]) -> None:
@@ -93,10 +94,14 @@ def _answer(arguments: argparse.Namespace, model: Any, tokenizer: Any, caches: l
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
+    from mlxrs_py.prompt import question_prompt
+
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
-    question = question_ids(tokenizer, models.read_prompt(arguments.prompt))
-    sampler = make_sampler(arguments.temp, arguments.top_p)
+    # As in mlx_lm.generate, a shell's quoted \\n and \\t are a line's end and a tab.
+    prompt = models.read_prompt(arguments.prompt.replace("\\n", "\n").replace("\\t", "\t"))
+    question = question_prompt(tokenizer, prompt)
+    sampler = make_sampler(arguments.temp, arguments.top_p, arguments.min_p, top_k=arguments.top_k)
     text, first, start = "", None, time.perf_counter()
     response = None
     for response in stream_generate(

@@ -1,30 +1,41 @@
-"""Models for the commands: their flags, and how they are loaded."""
+"""Models and prompts for the commands: their flags, and how they are loaded."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
-__all__ = ["add_flags", "load", "quiet", "read_prompt", "resolve"]
+__all__ = ["add_flags", "load", "make_default", "positive", "quiet", "read_prompt"]
 
 
 def add_flags(parser: argparse.ArgumentParser, *, model_help: str) -> None:
     """Add the flags that say which model, as mlx-lm's commands have them."""
-    parser.add_argument("--model", metavar="MODEL", help=model_help)
-    parser.add_argument("--adapter-path", metavar="FOLDER", help="adapters for the model")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer's repository run code")
-    parser.add_argument("--eos-token", metavar="TOKEN", help="ends generation in place of the tokenizer's own")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="MODEL", help=model_help)
+    group.add_argument("--adapter-path", metavar="FOLDER", help="adapters for the model")
+    group.add_argument("--trust-remote-code", action="store_true", help="let the model's repository run its code")
+    group.add_argument("--eos-token", metavar="TOKEN", help="ends generation in place of the tokenizer's own")
 
 
-def resolve(model: str | None) -> str:
-    """Give the model that was asked for, or the folder of the embedded default."""
-    if model is not None:
-        return model
+def positive(text: str) -> int:
+    """Read a number of at least 1."""
+    if not text.isdecimal() or (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return number
+
+
+def make_default(*, silent: bool = False) -> str:
+    """Give the folder of the embedded default model; tell if it has to be made."""
     from mlxrs_py.default_model import default_model_path
 
-    return str(default_model_path())
+    def tell(folder: Path) -> None:
+        if not silent:
+            print(f"making the default model, once (0.54 GB): {folder}", file=sys.stderr)
+
+    return str(default_model_path(tell))
 
 
 def load(model: str, adapter_path: str | None, tokenizer_config: dict[str, Any]) -> tuple[Any, Any]:
@@ -32,7 +43,12 @@ def load(model: str, adapter_path: str | None, tokenizer_config: dict[str, Any])
     from mlxrs_py.prompt import load_model
 
     quiet()
-    return load_model(model, adapter_path=adapter_path, tokenizer_config=tokenizer_config)
+    return load_model(
+        model,
+        adapter_path=adapter_path,
+        tokenizer_config=tokenizer_config,
+        trust_remote_code=tokenizer_config["trust_remote_code"],
+    )
 
 
 def quiet() -> None:
