@@ -87,10 +87,11 @@ class Twins(RuleBasedStateMachine):
         self.counts = COUNTS.setdefault(self.name, Counter(operations=0, sequences=0))
         self.counts["sequences"] += 1
 
-    @initialize(batch=st.integers(1, 2), heads=st.integers(1, 3), dims=st.data(), dtype=st.sampled_from(sorted(DTYPES)))
-    def shape(self, batch: int, heads: int, dims: Any, dtype: str) -> None:
-        self.key_dim, self.value_dim = (dims.draw(st.sampled_from(self.head_dims)) for _ in range(2))
-        self.batch, self.heads, self.dtype = batch, heads, DTYPES[dtype]
+    @initialize(batch=st.integers(1, 2), heads=st.integers(1, 3), data=st.data(), dtype=dtypes)
+    def shape(self, batch: int, heads: int, data: Any, dtype: str) -> None:
+        self.batch, self.heads = batch, heads
+        self.head_dims = [data.draw(st.sampled_from(self.head_dims), label) for label in ("key dim", "value dim")]
+        self.dtypes = [DTYPES[dtype]] * 2
 
     def done(self, **happened: bool) -> None:
         """Count one operation, and compare."""

@@ -98,7 +98,7 @@ def _answer(arguments: argparse.Namespace, model: Any, tokenizer: Any, caches: l
 
     if arguments.seed is not None:
         mx.random.seed(arguments.seed)
-    # As in mlx_lm.generate, a shell's quoted \\n and \\t are a line's end and a tab.
+    # As in mlx_lm.generate: a backslash with an n or a t, as a shell passes them, are a line's end and a tab.
     prompt = models.read_prompt(arguments.prompt.replace("\\n", "\n").replace("\\t", "\t"))
     question = question_prompt(tokenizer, prompt)
     sampler = make_sampler(arguments.temp, arguments.top_p, arguments.min_p, top_k=arguments.top_k)
