@@ -30,7 +30,13 @@ impl KvCache for ConcatenateKvCache {
 
     fn update(&mut self, keys: &Array, values: &Array) -> Result<(KvTensor, KvTensor)> {
         let buffers = [self.keys.as_ref(), self.values.as_ref()];
-        check_update("ConcatenateKVCache.update_and_fetch", [keys, values], buffers, self.offset(), false)?;
+        check_update(
+            "ConcatenateKVCache.update_and_fetch",
+            [keys, values],
+            buffers,
+            (self.offset(), self.offset()),
+            false,
+        )?;
         let join = |old: Option<&Array>, new: &Array| match old {
             Some(old) => Array::concatenate(&[old, new], 2),
             None => Ok(new.clone()),

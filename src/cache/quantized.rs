@@ -125,7 +125,7 @@ impl KvCache for QuantizedKvCache {
     fn update(&mut self, keys: &Array, values: &Array) -> Result<(KvTensor, KvTensor)> {
         let op = "QuantizedKVCache.update_and_fetch";
         let packed = [self.keys.as_ref(), self.values.as_ref()].map(|arrays| arrays.map(|arrays| &arrays[0]));
-        let update = check_update(op, [keys, values], packed, self.offset, true)?;
+        let update = check_update(op, [keys, values], packed, (self.offset, self.offset), true)?;
         self.check_head_dims(op, keys, values)?;
         let growth = Growth::plan(self.offset, update.len, update.n_tokens, self.step);
         let end = self.offset + update.n_tokens;

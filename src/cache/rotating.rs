@@ -99,8 +99,13 @@ impl KvCache for RotatingKvCache {
     fn update(&mut self, keys: &Array, values: &Array) -> Result<(KvTensor, KvTensor)> {
         let buffers = [self.keys.as_ref(), self.values.as_ref()];
         self.ring.check().map_err(|(expected, got)| Error::value("RotatingKVCache.update_and_fetch", expected, got))?;
-        let update =
-            check_update("RotatingKVCache.update_and_fetch", [keys, values], buffers, self.ring.written(), false)?;
+        let update = check_update(
+            "RotatingKVCache.update_and_fetch",
+            [keys, values],
+            buffers,
+            (self.ring.offset, self.ring.written()),
+            false,
+        )?;
         let ([keys, values], ring) = match update.n_tokens {
             1 => self.place([keys, values])?,
             n_tokens => self.append([keys, values], n_tokens)?,

@@ -68,7 +68,8 @@ impl KvCache for StandardKvCache {
 
     fn update(&mut self, keys: &Array, values: &Array) -> Result<(KvTensor, KvTensor)> {
         let buffers = [self.keys.as_ref(), self.values.as_ref()];
-        let update = check_update("KVCache.update_and_fetch", [keys, values], buffers, self.offset, false)?;
+        let update =
+            check_update("KVCache.update_and_fetch", [keys, values], buffers, (self.offset, self.offset), false)?;
         let growth = Growth::plan(self.offset, update.len, update.n_tokens, self.step);
         let keys = write(buffers[0], growth, keys, self.offset)?;
         let values = write(buffers[1], growth, values, self.offset)?;

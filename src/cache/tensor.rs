@@ -1,5 +1,6 @@
 //! What an update hands back, and the checks that every update makes before it changes anything.
 
+use super::schema::MAX_OFFSET;
 use crate::array::Array;
 use crate::error::{Error, Result};
 
@@ -34,12 +35,12 @@ pub(super) struct Update {
 /// Checks new keys and values against each other and against the buffers.
 ///
 /// `keys` and `values` are `(B, H, S, D)` with equal B, H and S; the two head sizes may differ. `packed` buffers have
-/// another last axis than the update, which is then not compared.
+/// another last axis than the update, which is then not compared. `offset` tokens have been seen, `used` rows hold some.
 pub(super) fn check_update(
     op: &'static str,
     new: [&Array; 2],
     buffers: [Option<&Array>; 2],
-    used: usize,
+    (offset, used): (usize, usize),
     packed: bool,
 ) -> Result<Update> {
     let [keys, values] = new.map(Array::shape);
@@ -48,6 +49,10 @@ pub(super) fn check_update(
         return Err(Error::value(op, "keys (B, H, S, D) and values (B, H, S, Dv)", got));
     }
     let n_tokens = keys[2] as usize;
+    let room = MAX_OFFSET as usize - offset.min(MAX_OFFSET as usize);
+    if n_tokens > room {
+        return Err(Error::value(op, format!("at most {room} tokens more: positions are 32-bit"), n_tokens));
+    }
     let (key_buffer, value_buffer) = match buffers {
         [None, None] if used == 0 => return Ok(Update { n_tokens, len: None }),
         [Some(key_buffer), Some(value_buffer)] => (key_buffer.shape(), value_buffer.shape()),

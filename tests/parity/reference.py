@@ -22,8 +22,8 @@ __all__ = [
 ]
 
 
-def tiny_llama(n_layers: int = 4) -> Any:
-    """A llama with random weights: heads of 32, grouped; vocabulary 61."""
+def tiny_llama(n_layers: int = 4, **options: Any) -> Any:
+    """Give a llama with random weights: two query heads on one of keys, of size 32; vocabulary 61."""
     mx.random.seed(11)
     arguments = llama.ModelArgs(
         model_type="llama",
@@ -35,6 +35,7 @@ def tiny_llama(n_layers: int = 4) -> Any:
         head_dim=32,
         rms_norm_eps=1e-5,
         vocab_size=61,
+        **options,
     )
     model = llama.Model(arguments)
     mx.eval(model.parameters())

@@ -1,11 +1,14 @@
 """The embedded default model."""
 
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from mlxrs_py import MlxrsError, default_model
 
@@ -36,9 +39,11 @@ def fake(folder, monkeypatch):
 
 
 def test_it_is_made_once_and_leaves_nothing_beside(fake, folder):
-    first = default_model.default_model_path()
-    assert default_model.default_model_path() == first
+    told = []
+    first = default_model.default_model_path(told.append)
+    assert default_model.default_model_path(told.append) == first
     assert len(fake) == 1
+    assert told == [first]
     assert sorted(p.name for p in first.iterdir()) == ["config.json", "mlxrs_py.json"]
     assert [p for p in folder.iterdir() if p.is_dir()] == [first]
 
@@ -115,3 +120,48 @@ def test_the_tokenizer_is_the_gguf_files_own():
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("12345")) == 5
     assert tokenizer.encode("<|im_start|>") == [1] and tokenizer.eos_token_ids == {2}
+
+
+@pytest.mark.real_model
+def test_the_tokens_are_those_of_the_gguf_files_merges():
+    from mlxrs_py.prompt import load_model
+
+    metadata = mx.load(str(default_model._gguf_file()), format="gguf", return_metadata=True)[1]
+    numbers = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(metadata["tokenizer.ggml.merges"])}
+    _, tokenizer = load_model(default_model.default_model_path())
+    # Words with a leading space, as byte-level tokenizers write it; digits and signs stand alone.
+    for text, words in [
+        ("The capital of France", ["The", "Ġcapital", "Ġof", "ĠFrance"]),
+        (" unbelievably tokenizable", ["Ġunbelievably", "Ġtokenizable"]),
+        ("In 1863, it's", ["In", "Ġ", "1", "8", "6", "3", ",", "Ġit", "'s"]),
+        ("naïve", ["naÃ¯ve"]),
+    ]:
+        pieces = [piece for word in words for piece in merged(word, ranks)]
+        assert tokenizer.encode(text) == [numbers[piece] for piece in pieces]
+    types = metadata["tokenizer.ggml.token_type"].tolist()
+    control = [token for token, kind in zip(numbers, types, strict=True) if kind == 3]
+    assert len(control) == 17
+    assert [tokenizer.encode(token) for token in control] == [[numbers[token]] for token in control]
+
+
+def merged(word, ranks):
+    """Join the pair of lowest rank until none is left: byte pair encoding, slowly."""
+    pieces = list(word)
+    while pairs := [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(pieces)) if pair in ranks]:
+        _, at = min(pairs)
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces
+
+
+@pytest.mark.real_model
+def test_the_capital_of_france_is_paris():
+    from mlx_lm import generate
+
+    from mlxrs_py.prompt import load_model
+
+    model, tokenizer = load_model(default_model.default_model_path())
+    assert {str(weight.dtype) for _, weight in tree_flatten(model.parameters())} == {"mlx.core.float32"}
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert generate(model, tokenizer, prompt, max_tokens=10) == "The capital of France is Paris."

@@ -8,7 +8,7 @@ import pytest
 
 import mlxrs_py
 from mlxrs_py.cache import KVCache, QuantizedKVCache, RotatingKVCache, load_prompt_cache
-from mlxrs_py.prompt import META_TOKENS, META_TOKENS_BLAKE3
+from mlxrs_py.prompt import META_CONFIG_BLAKE3, META_TOKENS, META_TOKENS_BLAKE3, model_fingerprint
 from tiny import TinyModel
 
 TOKENS = list(range(1, 24))
@@ -132,3 +132,102 @@ def test_both_formats_are_written(tmp_path):
         assert mlxrs_py._core.inspect_file(info.file)["format"] == layout
     with pytest.raises(ValueError, match="format"):
         mlxrs_py.cache_prompt_ids(TinyModel(), TOKENS, tmp_path / "x", format="0.30")
+
+
+def test_the_tokens_hash_is_blake3_of_64_bit_integers(tmp_path):
+    info = mlxrs_py.cache_prompt_ids(TinyModel(), [1, 2, 60], tmp_path / "p")
+    expected = mlxrs_py._core.blake3_hex(np.array([1, 2, 60], "<i8").tobytes())
+    assert load_prompt_cache(info.file, return_metadata=True)[1][META_TOKENS_BLAKE3] == expected
+    # The known hash of nothing at all.
+    assert mlxrs_py._core.blake3_hex(b"").startswith("af1349b9f5f9a1a6a0404dea36dcc949")
+
+
+def test_the_fingerprint_tells_models_apart_by_layers_dtype_and_weights():
+    plain = model_fingerprint(TinyModel())
+    assert plain == model_fingerprint(TinyModel())
+    half, tuned = TinyModel(), TinyModel()
+    half.set_dtype(mx.bfloat16)
+    tuned.out.weight = tuned.out.weight + 1e-3
+    others = [half, tuned, TinyModel(n_layers=3), TinyModel(seed=4)]
+    assert len({plain, *map(model_fingerprint, others)}) == 5
+
+
+def test_a_plain_callable_has_no_fingerprint_and_none_is_invented(tmp_path):
+    model = TinyModel()
+
+    def call(tokens, cache):
+        return model(tokens, cache)
+
+    assert model_fingerprint(call) is None
+    info = mlxrs_py.cache_prompt_ids(
+        call,
+        TOKENS,
+        tmp_path / "p",
+        config=mlxrs_py.CacheConfig(2),
+        metadata={META_CONFIG_BLAKE3: "a lie"},
+    )
+    assert META_CONFIG_BLAKE3 not in load_prompt_cache(info.file, return_metadata=True)[1]
+
+
+def test_a_missing_folder_is_told_before_any_work(tmp_path):
+    model = TinyModel()
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        mlxrs_py.cache_prompt_ids(model, TOKENS, tmp_path / "none" / "p")
+    assert model.windows == []
+
+
+def test_an_empty_text_is_refused_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="empty prompt"):
+        mlxrs_py.cache_prompt(tmp_path / "no-model", "", tmp_path / "p")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.real_model
+def test_a_text_goes_through_the_chat_template_of_a_model_folder(tmp_path):
+    import tiny_llama
+    from mlxrs_py.prompt import chat_prompt, load_model, question_prompt
+
+    folder = tiny_llama.make(tmp_path / "model")
+    seen = []
+    info = mlxrs_py.cache_prompt(
+        folder,
+        "Hello",
+        tmp_path / "p",
+        eos_token="!",
+        metadata={"model": "a lie", "mine": "kept"},
+        step_size=8,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    model, tokenizer = load_model(folder)
+    ids = chat_prompt(tokenizer, "Hello")
+    assert tokenizer.decode(ids) == "<|im_start|>user\nHello"
+    assert tokenizer.decode(question_prompt(tokenizer, "?")) == "?<|im_end|>\n<|im_start|>assistant\n"
+    assert info.tokens_processed == len(ids) == 11
+    assert seen == [(0, 11), (8, 11), (10, 11), (11, 11)]
+    caches, metadata = load_prompt_cache(info.file, return_metadata=True)
+    assert metadata["model"] == str(folder) and metadata["mine"] == "kept"
+    assert metadata["tokenizer_config"] == '{"trust_remote_code": false, "eos_token": "!"}'
+    assert metadata[META_CONFIG_BLAKE3] == model_fingerprint(model)
+    fresh = mlxrs_py.cache.make_prompt_cache(model)
+    mlxrs_py.prefill(model, ids, fresh, step_size=8)
+    for ours, direct in zip(caches, fresh, strict=True):
+        assert mx.array_equal(ours.state[0], direct.state[0])
+
+
+@pytest.mark.real_model
+def test_remote_code_is_trusted_only_if_asked(tmp_path, monkeypatch):
+    import mlx_lm
+
+    class LoadedError(Exception):
+        pass
+
+    def load(path, *, adapter_path, tokenizer_config, trust_remote_code):
+        seen.append((path, adapter_path, tokenizer_config["trust_remote_code"], trust_remote_code))
+        raise LoadedError
+
+    seen = []
+    monkeypatch.setattr(mlx_lm, "load", load)
+    for options in ({}, {"trust_remote_code": True, "adapter_path": "a"}):
+        with pytest.raises(LoadedError):
+            mlxrs_py.cache_prompt("m", "Hello", tmp_path / "p", **options)
+    assert seen == [("m", None, False, False), ("m", "a", True, True)]

@@ -1,0 +1,130 @@
+"""``adopt`` and ``make_prompt_cache`` on mlx-lm's caches and models."""
+
+import copy
+
+import mlx.core as mx
+import pytest
+from reference import cache as theirs
+from reference import tiny_llama
+from twins import leaves
+
+import mlxrs_py.cache as ours
+
+MAKERS = {
+    "KVCache": theirs.KVCache,
+    "RotatingKVCache": lambda: theirs.RotatingKVCache(8, keep=2),
+    "QuantizedKVCache": lambda: theirs.QuantizedKVCache(32, bits=4),
+    "ConcatenateKVCache": theirs.ConcatenateKVCache,
+}
+every_class = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def feed(cache, *counts, dim=32):
+    for n_tokens in counts:
+        rows = mx.random.normal((1, 2, n_tokens, dim), key=mx.random.key(n_tokens))
+        cache.update_and_fetch(rows, rows + 1)
+    return cache
+
+
+@every_class
+def test_a_fresh_cache_is_replaced_by_ours_with_the_same_parameters(make):
+    cache = make()
+    (adopted,) = ours.adopt([cache])
+    assert type(adopted) is getattr(ours, type(cache).__name__)
+    assert leaves(adopted.state) == leaves(cache.state)
+    assert adopted.empty()
+
+
+@pytest.mark.parametrize("counts", [[3], [12], [12, 1], [1] * 11, [5, 4, 6, 1, 1, 3], [300, 1, 300]])
+@every_class
+def test_a_filled_cache_goes_on_bit_equal(make, counts):
+    cache = feed(make(), *counts)
+    (adopted,) = ours.adopt([cache])
+    assert leaves(adopted.state) == leaves(cache.state)
+    twin = copy.deepcopy(cache)
+    for more in (1, 4, 1, 300, 1):
+        assert leaves(feed(adopted, more).state) == leaves(feed(twin, more).state)
+
+
+@every_class
+def test_what_is_adopted_and_the_original_do_not_disturb_each_other(make):
+    cache = feed(make(), 3, 1, 1, 1, 1, 1, 1)
+    before = leaves(cache.state)
+    (adopted,) = ours.adopt([cache])
+    feed(adopted, 1, 1)
+    assert leaves(cache.state) == before
+    state = leaves(adopted.state)
+    feed(cache, 1, 5)
+    assert leaves(adopted.state) == state
+
+
+def test_adopting_copies_no_buffer():
+    cache = feed(theirs.KVCache(), 5000, dim=64)
+    mx.eval(cache.state)
+    before = mx.get_active_memory()
+    (adopted,) = ours.adopt([cache])
+    mx.eval(adopted.state)
+    assert mx.get_active_memory() == before
+    del cache
+    mx.eval(feed(adopted, 1, dim=64).state)
+    assert mx.get_active_memory() <= before + 4096
+
+
+def test_children_of_lists_are_adopted_in_place():
+    inner = theirs.CacheList(feed(theirs.KVCache(), 3), theirs.ArraysCache(2))
+    outer = theirs.CacheList(inner, theirs.RotatingKVCache(8), theirs.ChunkedKVCache(8))
+    (adopted,) = ours.adopt([outer])
+    assert adopted is outer and adopted[0] is inner
+    assert [type(c) for c in inner.caches] == [ours.KVCache, theirs.ArraysCache]
+    assert [type(c) for c in outer.caches[1:]] == [ours.RotatingKVCache, theirs.ChunkedKVCache]
+    assert (inner[0].offset, outer[1].max_size) == (3, 8)
+    assert (outer.size(), outer.empty(), outer.is_trimmable(), outer.nbytes) == (3, False, False, inner[0].nbytes)
+
+
+def test_classes_that_we_lack_and_subclasses_stay():
+    class Own(theirs.KVCache):
+        pass
+
+    caches = [
+        Own(),
+        theirs.ArraysCache(2),
+        theirs.ChunkedKVCache(8),
+        theirs.BatchKVCache([0, 1]),
+        theirs.BatchRotatingKVCache(8, [0]),
+    ]
+    assert all(a is b for a, b in zip(ours.adopt(caches), caches, strict=True))
+
+
+def test_a_step_of_an_instance_is_adopted():
+    cache = theirs.KVCache()
+    cache.step = 16
+    (adopted,) = ours.adopt([cache])
+    assert (adopted.step, feed(adopted, 3).keys.shape[2]) == (16, 16)
+
+
+def test_a_cache_that_mlx_lm_has_corrupted_is_refused():
+    cache = feed(theirs.RotatingKVCache(8), *[1] * 11)
+    cache.trim(4)
+    assert cache._idx == -1
+    with pytest.raises(ValueError, match="_idx"):
+        ours.adopt([cache])
+
+
+def test_a_model_with_a_hook_gets_its_caches_adopted():
+    model = tiny_llama(4, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=12)
+    assert [type(c) for c in model.make_cache()] == [theirs.RotatingKVCache, theirs.KVCache] * 2
+    caches = ours.make_prompt_cache(model)
+    assert [type(c) for c in caches] == [ours.RotatingKVCache, ours.KVCache] * 2
+    assert [(c.max_size, c.keep) for c in caches[::2]] == [(12, 0)] * 2
+    with pytest.warns(UserWarning, match="max_kv_size=7 is ignored: mlx_lm.models.llama makes its own caches"):
+        assert [c.max_size for c in ours.make_prompt_cache(model, 7)[::2]] == [12, 12]
+
+
+@pytest.mark.parametrize("max_kv_size", [None, 16])
+def test_a_model_without_a_hook_gets_what_mlx_lm_gives_it(max_kv_size):
+    class Plain:
+        layers = (1, 2, 3)
+
+    mine, other = (module.make_prompt_cache(Plain(), max_kv_size) for module in (ours, theirs))
+    assert [type(c).__name__ for c in mine] == [type(c).__name__ for c in other]
+    assert [leaves(c.state) for c in mine] == [leaves(c.state) for c in other]
