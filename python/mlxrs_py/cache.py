@@ -110,4 +110,5 @@ def trim_prompt_cache(cache: Sequence[Any], num_tokens: int) -> int:
 def _held_tokens(cache: Any) -> int:
     """Count the tokens that a cache holds; a list of caches and a batch have no single offset."""
     offset = getattr(cache, "offset", None)
-    return offset if isinstance(offset, int) else cache.size()
+    # A chunked cache has dropped what comes before its start.
+    return offset - getattr(cache, "start_position", 0) if isinstance(offset, int) else cache.size()

@@ -273,15 +273,16 @@ def model_fingerprint(model: Any) -> str | None:
     So another quantization, an adapter and a fine-tuned sister all differ, whatever the model's name. None for a
     callable that is no ``mlx.nn.Module``.
     """
-    from mlx.nn import Module
+    from mlx.nn.layers.base import Module
 
     if not isinstance(model, Module):
         return None
-    weights = sorted(tree_flatten(model.parameters()), key=lambda item: item[0])
-    arguments = getattr(model, "args", None)
+    flat: Any = tree_flatten(model.parameters())  # type: ignore[no-untyped-call]  # MLX's modules are untyped
+    weights = sorted(flat, key=lambda item: item[0])
+    arguments: Any = getattr(model, "args", None)
     content = {
         "model": type(model).__module__.rsplit(".", 1)[-1],
-        "args": dataclasses.asdict(arguments) if dataclasses.is_dataclass(arguments) else None,
+        "args": dataclasses.asdict(arguments) if dataclasses.is_dataclass(type(arguments)) else None,
         "parameters": [(name, list(weight.shape), str(weight.dtype)) for name, weight in weights],
     }
     text = json.dumps(content, sort_keys=True, default=str)

@@ -7,7 +7,7 @@ use super::{
     Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, STEP, State, checked_fields, count_field, mask,
     nothing_yet, settle,
 };
-use crate::array::Array;
+use crate::array::{Array, Dtype};
 use crate::error::{Error, Result};
 
 /// Bits per element that MLX's affine quantization knows.
@@ -139,12 +139,13 @@ impl KvCache for QuantizedKvCache {
                     let expected = format!("a head size that fits the cache's {:?}", buffer.shape());
                     return Err(Error::value(op, expected, format!("{:?}", new[i].shape())));
                 }
-                write(buffer, growth, &new[i], self.offset)
+                // As mlx-lm has it: scales start in the type of the first keys, for the values too, and keep it.
+                let first = if i == 0 { Dtype::U32 } else { keys.dtype() };
+                write(buffer, growth, &new[i], self.offset, buffer.map_or(first, Array::dtype))
             };
             Ok([grown(0)?, grown(1)?, grown(2)?])
         };
-        let keys = append(self.keys.as_ref(), keys)?;
-        let values = append(self.values.as_ref(), values)?;
+        let (keys, values) = (append(self.keys.as_ref(), keys)?, append(self.values.as_ref(), values)?);
         let seen = (KvTensor::Quantized(rows(&keys, end)?), KvTensor::Quantized(rows(&values, end)?));
         (self.keys, self.values, self.offset) = (Some(keys), Some(values), end);
         Ok(seen)

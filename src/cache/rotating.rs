@@ -51,11 +51,11 @@ impl RotatingKvCache {
     fn place(&self, new: [&Array; 2]) -> Result<([Array; 2], Ring)> {
         let place = self.ring.place(self.step);
         let write = |buffer: Option<&Array>, new: &Array| match (buffer, &place.cut) {
-            (None, _) => zero_rows(new, place.added)?.with_rows(new, place.row),
+            (None, _) => zero_rows(new, place.added, new.dtype())?.with_rows(new, place.row),
             // A ring that still grows is not too long, and one that is too long does not grow.
             (Some(buffer), Some(cut)) => join(buffer, cut, None)?.with_rows(new, place.row),
             (Some(buffer), None) if place.added > 0 => {
-                Array::concatenate(&[buffer, &zero_rows(new, place.added)?], 2)?.with_rows(new, place.row)
+                Array::concatenate(&[buffer, &zero_rows(new, place.added, new.dtype())?], 2)?.with_rows(new, place.row)
             }
             (Some(buffer), None) => buffer.with_rows(new, place.row),
         };

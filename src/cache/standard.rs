@@ -6,7 +6,7 @@ use super::{
     Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, QuantizedKvCache, STEP, State, array_field,
     array_state, checked_fields, count_field, dense, mask, nothing_yet, settle,
 };
-use crate::array::Array;
+use crate::array::{Array, Dtype};
 use crate::error::Result;
 
 /// Keys and values in padded buffers `(B, H, L, D)`, of which the first `offset` rows are valid.
@@ -46,14 +46,20 @@ impl StandardKvCache {
     }
 }
 
-/// `buffer`, grown as planned, with `new` written at row `at`.
-pub(super) fn write(buffer: Option<&Array>, growth: Option<Growth>, new: &Array, at: usize) -> Result<Array> {
+/// `buffer`, grown as planned by zeros of type `dtype`, with `new` written at row `at`.
+pub(super) fn write(
+    buffer: Option<&Array>,
+    growth: Option<Growth>,
+    new: &Array,
+    at: usize,
+    dtype: Dtype,
+) -> Result<Array> {
     match (buffer, growth) {
         (Some(buffer), None) => buffer.with_rows(new, at),
         (Some(buffer), Some(Growth { kept, added })) => {
-            Array::concatenate(&[&buffer.rows(0, kept)?, &zero_rows(new, added)?], 2)?.with_rows(new, at)
+            Array::concatenate(&[&buffer.rows(0, kept)?, &zero_rows(new, added, dtype)?], 2)?.with_rows(new, at)
         }
-        (None, growth) => zero_rows(new, growth.map_or(0, |growth| growth.added))?.with_rows(new, at),
+        (None, growth) => zero_rows(new, growth.map_or(0, |growth| growth.added), dtype)?.with_rows(new, at),
     }
 }
 
@@ -71,8 +77,8 @@ impl KvCache for StandardKvCache {
         let update =
             check_update("KVCache.update_and_fetch", [keys, values], buffers, (self.offset, self.offset), false)?;
         let growth = Growth::plan(self.offset, update.len, update.n_tokens, self.step);
-        let keys = write(buffers[0], growth, keys, self.offset)?;
-        let values = write(buffers[1], growth, values, self.offset)?;
+        let keys = write(buffers[0], growth, keys, self.offset, keys.dtype())?;
+        let values = write(buffers[1], growth, values, self.offset, values.dtype())?;
         let end = self.offset + update.n_tokens;
         let seen = (KvTensor::Dense(keys.rows(0, end)?), KvTensor::Dense(values.rows(0, end)?));
         (self.keys, self.values, self.offset) = (Some(keys), Some(values), end);

@@ -1,7 +1,7 @@
 //! What an update hands back, and the checks that every update makes before it changes anything.
 
 use super::schema::MAX_OFFSET;
-use crate::array::Array;
+use crate::array::{Array, Dtype};
 use crate::error::{Error, Result};
 
 /// Keys or values as attention takes them.
@@ -73,7 +73,7 @@ pub(super) fn check_update(
 }
 
 /// Zeros shaped like `like` but with `rows` rows.
-pub(crate) fn zero_rows(like: &Array, rows: usize) -> Result<Array> {
+pub(crate) fn zero_rows(like: &Array, rows: usize, dtype: Dtype) -> Result<Array> {
     let shape = like.shape();
-    Array::zeros(&[shape[0], shape[1], rows as i32, shape[3]], like.dtype())
+    Array::zeros(&[shape[0], shape[1], rows as i32, shape[3]], dtype)
 }

@@ -102,5 +102,9 @@ pub fn write_states(
 fn valid_rows(array: Array, rows: Option<Rows>, padded: bool) -> Result<Array> {
     let Some(rows) = rows.filter(|rows| rows.valid < array.dim_or(2)) else { return Ok(array) };
     let valid = array.rows(0, rows.valid)?;
-    if padded { Array::concatenate(&[&valid, &zero_rows(&array, array.dim(2) - rows.valid)?], 2) } else { Ok(valid) }
+    if padded {
+        Array::concatenate(&[&valid, &zero_rows(&array, array.dim(2) - rows.valid, array.dtype())?], 2)
+    } else {
+        Ok(valid)
+    }
 }

@@ -5,10 +5,10 @@ use super::bridge::PyArray;
 use super::cache_to_python;
 use super::tree::from_python;
 use crate::array::Array;
-use crate::cache::{Cache, CacheState, Checkpoint};
+use crate::cache::{Cache, CacheState, Checkpoint, State};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyTuple, PyType};
+use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 
 /// The module whose classes we stand for.
 const REFERENCE: &str = "mlx_lm.models.cache";
@@ -50,12 +50,16 @@ fn adopt_one(cache: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
     if !is_reference(&class, &["KVCache", "RotatingKVCache", "QuantizedKVCache", "ConcatenateKVCache"])? {
         return Ok(cache);
     }
-    let mut ours = Cache::from_state(CacheState {
+    let ours = Cache::from_state(CacheState {
         class: name.to_str()?.to_owned(),
         state: from_python(&cache.getattr("state")?)?,
     })?;
-    ours.set_step(cache.getattr("step").and_then(|step| step.extract()).unwrap_or(crate::cache::STEP));
-    cache_to_python(cache.py(), ours)
+    let step = cache.getattr("step").and_then(|step| step.extract()).unwrap_or(crate::cache::STEP);
+    let ours = cache_to_python(cache.py(), ours)?;
+    if step != crate::cache::STEP {
+        ours.setattr("step", step)?;
+    }
+    Ok(ours)
 }
 
 /// Every array that `cache` holds: what the memory barrier evaluates.
@@ -75,12 +79,12 @@ pub(super) enum Snapshot<'py> {
     /// One of ours: the core knows.
     Own(Checkpoint),
     /// A growing cache of mlx-lm: rows below the offset outlive the window, and holding its buffer would copy it.
-    Offset(Bound<'py, PyAny>),
+    Offset(Bound<'py, PyDict>, Bound<'py, PyAny>),
     /// A list of caches.
     Children(Vec<(Bound<'py, PyAny>, Snapshot<'py>)>),
-    /// Any other: its state, as new array objects, since mlx-lm writes into the old ones.
-    State(Bound<'py, PyAny>),
-    /// No state that could be put back.
+    /// Any other: its attributes, and what they were, arrays as new objects, since mlx-lm writes into the old ones.
+    Attributes(Bound<'py, PyDict>, Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>)>),
+    /// No attributes that could be put back.
     Nothing,
 }
 
@@ -90,35 +94,40 @@ impl<'py> Snapshot<'py> {
             return own.get().read(|cache| Self::Own(cache.checkpoint(n_tokens)));
         }
         let class = cache.get_type();
-        if is_reference(&class, &["KVCache", "QuantizedKVCache"])? && is_scheduled(cache)? {
-            return Ok(Self::Offset(cache.getattr("offset")?));
-        }
         if is_reference(&class, &["CacheList"])? {
             let children = cache.getattr("caches")?.try_iter()?;
             let children =
                 children.map(|child| child.and_then(|child| Ok((child.clone(), Self::take(&child, n_tokens)?))));
             return Ok(Self::Children(children.collect::<PyResult<_>>()?));
         }
-        match cache.getattr("state") {
-            Ok(state) => Ok(Self::State(renew(&state)?)),
-            Err(_) => Ok(Self::Nothing),
+        let Ok(attributes) = cache.getattr("__dict__").and_then(|dict| Ok(dict.cast_into::<PyDict>()?)) else {
+            return Ok(Self::Nothing);
+        };
+        if is_reference(&class, &["KVCache", "QuantizedKVCache"])? && is_scheduled(cache)? {
+            return Ok(Self::Offset(attributes, cache.getattr("offset")?));
         }
+        let before = attributes.iter().map(|(name, value)| Ok((name, renew(&value)?))).collect::<PyResult<_>>()?;
+        Ok(Self::Attributes(attributes, before))
     }
 
+    /// Puts the cache back. Attributes are set in its dict, past Python code in which a second Ctrl-C could strike.
     pub(super) fn put_back(self, cache: &Bound<'py, PyAny>) -> PyResult<()> {
         match self {
             Self::Own(checkpoint) => {
                 cache.cast::<PyCache>()?.get().lock()?.as_dyn_mut().rollback(checkpoint);
                 Ok(())
             }
-            Self::Offset(offset) => {
-                restore_buffers(cache)?;
-                cache.setattr("offset", offset)
+            Self::Offset(attributes, offset) => {
+                restore_buffers(&attributes)?;
+                attributes.set_item("offset", offset)
             }
             Self::Children(children) => {
                 children.into_iter().try_for_each(|(child, snapshot)| snapshot.put_back(&child))
             }
-            Self::State(state) => cache.setattr("state", state),
+            Self::Attributes(attributes, before) => {
+                attributes.clear();
+                before.into_iter().try_for_each(|(name, value)| attributes.set_item(name, value))
+            }
             Self::Nothing => Ok(()),
         }
     }
@@ -150,9 +159,9 @@ fn is_scheduled(cache: &Bound<'_, PyAny>) -> PyResult<bool> {
 
 /// Takes updates that were never computed off the buffers. mlx-lm's cache may have been interrupted between growing its
 /// keys and its values: both are cut to the shorter.
-fn restore_buffers(cache: &Bound<'_, PyAny>) -> PyResult<()> {
+fn restore_buffers(attributes: &Bound<'_, PyDict>) -> PyResult<()> {
     let buffers = |name: &str| {
-        let state = from_python(&cache.getattr(name)?)?;
+        let state = attributes.get_item(name)?.map_or(Ok(State::None), |buffer| from_python(&buffer))?;
         state.try_map(&mut |array: Array| Ok::<_, PyErr>(array.before_unscheduled_updates()))
     };
     let (keys, values) = (buffers("keys")?, buffers("values")?);
@@ -162,7 +171,7 @@ fn restore_buffers(cache: &Bound<'_, PyAny>) -> PyResult<()> {
     values.for_each_array(&mut measure);
     for (name, buffer) in [("keys", keys), ("values", values)] {
         let cut = buffer.try_map(&mut |array: Array| array.rows(0, shortest))?;
-        cache.setattr(name, super::tree::to_python(cache.py(), cut)?)?;
+        attributes.set_item(name, super::tree::to_python(attributes.py(), cut)?)?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ import os
 
 from hypothesis import settings
 
-import twins
+from . import twins
 
 settings.register_profile("fast", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("slow", max_examples=1200, deadline=None, print_blob=True)

@@ -4,11 +4,12 @@ import copy
 
 import mlx.core as mx
 import pytest
-from reference import cache as theirs
-from reference import tiny_llama
-from twins import leaves
 
 import mlxrs_py.cache as ours
+
+from .reference import cache as theirs
+from .reference import tiny_llama
+from .twins import leaves
 
 MAKERS = {
     "KVCache": theirs.KVCache,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from twins import COUNTS, ConcatenateTwins, KVTwins, QuantizedTwins, RotatingTwins
+from .twins import COUNTS, ConcatenateTwins, KVTwins, QuantizedTwins, RotatingTwins
 
 SEQUENCES = {KVTwins: 200, RotatingTwins: 400, QuantizedTwins: 200, ConcatenateTwins: 100}
 

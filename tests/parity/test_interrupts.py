@@ -9,12 +9,13 @@ import time
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from reference import cache as theirs
-from reference import tiny_llama
-from twins import leaves
 
 import mlxrs_py
 import mlxrs_py.cache as ours
+
+from .reference import cache as theirs
+from .reference import tiny_llama
+from .twins import leaves
 
 STEP = 4
 TOKENS, QUESTION = list(range(1, 23)), [30, 31, 32]
@@ -257,7 +258,7 @@ def test_a_second_ctrl_c_while_the_caches_are_put_back(kind):
             in_setter = frame.f_code.co_filename == theirs.__file__ and frame.f_code.co_name == "state"
             if in_setter and "v" in frame.f_locals:
                 raise KeyboardInterrupt
-            return None
+            return
 
         def stop(countdown=countdown):
             if next(countdown, None) is None:

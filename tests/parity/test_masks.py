@@ -4,11 +4,12 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import cache as theirs
-from reference import create_attention_mask
-from twins import leaves
 
 import mlxrs_py.cache as ours
+
+from .reference import cache as theirs
+from .reference import create_attention_mask
+from .twins import leaves
 
 PAIRS = {
     "KVCache": (ours.KVCache, theirs.KVCache),
@@ -54,7 +55,7 @@ def test_the_function(n_tokens, offset, return_array, window):
 
 @given(counts, st.integers(1, 4), windows)
 def test_rings_with_kept_tokens_agree_until_they_are_full(updates, keep, window):
-    pair = lambda: ours.RotatingKVCache(200, keep), lambda: theirs.RotatingKVCache(200, keep)  # noqa: E731
+    pair = lambda: ours.RotatingKVCache(200, keep), lambda: theirs.RotatingKVCache(200, keep)
     mine, other = fed(pair, updates)
     for n_tokens in (1, 5):
         masks = [c.make_mask(n_tokens, window_size=window) for c in (mine, other)]

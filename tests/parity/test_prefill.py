@@ -4,12 +4,13 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import cache as theirs
-from reference import generate_step, prefill, tiny_llama
-from twins import leaves
 
 import mlxrs_py
 import mlxrs_py.cache as ours
+
+from .reference import cache as theirs
+from .reference import generate_step, prefill, tiny_llama
+from .twins import leaves
 
 N_LAYERS = 4
 TOKENS = list(range(1, 15))

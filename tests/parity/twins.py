@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import mlxrs_py.cache as ours
-from reference import cache as theirs
+
+from .reference import cache as theirs
 
 #: Per class: operations in all, and how many grew a buffer, wrapped a ring and so on.
 COUNTS: dict[str, Counter[str]] = {}

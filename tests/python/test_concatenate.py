@@ -66,7 +66,7 @@ def test_an_update_that_does_not_fit_changes_nothing():
     cache = feed(ConcatenateKVCache(), 3)
     before = leaves(cache.state)
     for shape in [(2, 2, 1, 32), (1, 1, 1, 32), (1, 2, 1, 8)]:
-        with pytest.raises(ValueError, match="ConcatenateKVCache.update_and_fetch: expected keys that fit"):
+        with pytest.raises(ValueError, match=r"ConcatenateKVCache.update_and_fetch: expected keys that fit"):
             cache.update_and_fetch(mx.zeros(shape), mx.zeros(shape))
     assert leaves(cache.state) == before
 

@@ -103,14 +103,24 @@ def test_two_processes_at_once_make_one_folder(folder):
     shutil.rmtree(path)
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The model's folder as this very code writes it, not one that lies in the user's cache folder."""
+    from mlxrs_py._gguf import convert
+
+    path = tmp_path_factory.mktemp("converted")
+    convert(default_model._gguf_file(), path)
+    yield path
+    shutil.rmtree(path)
+
+
 @pytest.mark.real_model
-def test_the_tokenizer_is_the_gguf_files_own():
+def test_the_tokenizer_is_the_gguf_files_own(converted):
     from mlxrs_py.prompt import load_model
 
-    path = default_model.default_model_path()
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads((converted / "config.json").read_text())
     assert config["rope_traditional"] is True and config["tie_word_embeddings"] is True
-    _, tokenizer = load_model(path)
+    _, tokenizer = load_model(converted)
     for text in [
         "Hello, world! 12345",
         "  two  spaces\nand a line",
@@ -123,13 +133,13 @@ def test_the_tokenizer_is_the_gguf_files_own():
 
 
 @pytest.mark.real_model
-def test_the_tokens_are_those_of_the_gguf_files_merges():
+def test_the_tokens_are_those_of_the_gguf_files_merges(converted):
     from mlxrs_py.prompt import load_model
 
     metadata = mx.load(str(default_model._gguf_file()), format="gguf", return_metadata=True)[1]
     numbers = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(metadata["tokenizer.ggml.merges"])}
-    _, tokenizer = load_model(default_model.default_model_path())
+    _, tokenizer = load_model(converted)
     # Words with a leading space, as byte-level tokenizers write it; digits and signs stand alone.
     for text, words in [
         ("The capital of France", ["The", "Ġcapital", "Ġof", "ĠFrance"]),
@@ -155,12 +165,12 @@ def merged(word, ranks):
 
 
 @pytest.mark.real_model
-def test_the_capital_of_france_is_paris():
+def test_the_capital_of_france_is_paris(converted):
     from mlx_lm import generate
 
     from mlxrs_py.prompt import load_model
 
-    model, tokenizer = load_model(default_model.default_model_path())
+    model, tokenizer = load_model(converted)
     assert {str(weight.dtype) for _, weight in tree_flatten(model.parameters())} == {"mlx.core.float32"}
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)

@@ -58,10 +58,8 @@ def go_on(model, caches, options):
     done = caches[0].offset
     assert [c.offset for c in caches] == [done] * N_LAYERS
     assert done in BOUNDARIES
-    results = []
-    for tokens in (TOKENS[done:], QUESTION):
-        if tokens:
-            results.append(raw(mlxrs_py.prefill(model, tokens, caches, step_size=STEP, **options)))
+    runs = [tokens for tokens in (TOKENS[done:], QUESTION) if tokens]
+    results = [raw(mlxrs_py.prefill(model, tokens, caches, step_size=STEP, **options)) for tokens in runs]
     return results, [leaves(c.keys_and_values()) for c in caches], [type(c) for c in caches]
 
 

@@ -282,7 +282,7 @@ def test_a_cache_can_be_referenced_weakly(make):
 def test_a_cycle_through_a_cache_is_collected(make):
     cache = feed(make(), 3)
     cache.itself = [cache]
-    cache.update_and_fetch = lambda keys, values: cache
+    cache.update_and_fetch = lambda keys, values, owner=cache: owner
     reference = weakref.ref(cache)
     del cache
     gc.collect()

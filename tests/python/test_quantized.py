@@ -126,7 +126,7 @@ def test_group_size_and_bits_can_be_assigned_and_are_checked():
 def test_an_update_that_does_not_fit_changes_nothing(keys, values):
     cache = feed(QuantizedKVCache(), 3, dim=64)
     before = leaves(cache.state)
-    with pytest.raises(ValueError, match="QuantizedKVCache.update_and_fetch: expected"):
+    with pytest.raises(ValueError, match=r"QuantizedKVCache.update_and_fetch: expected"):
         cache.update_and_fetch(mx.zeros(keys), mx.zeros(values))
     assert leaves(cache.state) == before
 

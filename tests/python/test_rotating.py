@@ -207,7 +207,7 @@ def test_the_numbers_of_a_ring_can_be_assigned_and_are_checked_at_the_next_updat
     for name, value in [("keep", 8), ("max_size", 0), ("_idx", 3), ("offset", 99)]:
         good = getattr(cache, name)
         setattr(cache, name, value)
-        with pytest.raises(ValueError, match="RotatingKVCache.update_and_fetch: expected"):
+        with pytest.raises(ValueError, match=r"RotatingKVCache.update_and_fetch: expected"):
             feed(cache, 1, heads=1, dim=2)
         setattr(cache, name, good)
     assert advance(cache, 1) == [0, 1, 2, 3, 4, 5]
