@@ -36,9 +36,9 @@ def faults(root: Path) -> list[str]:
         used = set(re.findall(r"crate::(\w+)", code))
         for group in re.findall(r"crate::\{([^}]*)\}", code):
             used |= set(re.findall(r"(?:^|,)\s*(\w+)", group))
-        for other in sorted(used & set(LAYERS) - {layer}):
-            if LAYERS.index(other) > LAYERS.index(layer) or (layer, other) in FORBIDDEN:
-                found.append(f"{name}: layer {layer} uses {other}")
+        later = {other for other in used & set(LAYERS) if LAYERS.index(other) > LAYERS.index(layer)}
+        forbidden = {other for other in used if (layer, other) in FORBIDDEN}
+        found += [f"{name}: layer {layer} uses {other}" for other in sorted(later | forbidden)]
         if layer != "python" and re.search(r"\bpyo3::|#\[py(?:class|function|methods|module)", code):
             found.append(f"{name}: PyO3 outside src/python")
     return found
