@@ -166,6 +166,8 @@ fn bind(mlx_c: &Path, native: &Path) {
     }
     let compiler = env::var("CXX").unwrap_or_else(|_| "c++".into());
     let builtin = Command::new(compiler).arg("-print-file-name=include").output().map(|o| o.stdout).unwrap_or_default();
+    // bindgen panics where libclang is missing: our one line says it better.
+    std::panic::set_hook(Box::new(|_| ()));
     let made = std::panic::catch_unwind(|| {
         bindgen::Builder::default()
             .header(native.join("mlxrs.h").to_string_lossy())
@@ -182,6 +184,7 @@ fn bind(mlx_c: &Path, native: &Path) {
             .rust_edition(bindgen::RustEdition::Edition2024)
             .generate()
     });
+    let _ = std::panic::take_hook();
     let Ok(Ok(bindings)) = made else {
         stop("bindgen could not load libclang; pip install libclang==18.1.1, or set LIBCLANG_PATH")
     };
