@@ -216,6 +216,7 @@ def test_exceptions_at_random_lines_of_mlx_lms_caches(kind):
         case.check(caches)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @every_kind
 def test_ctrl_c_at_random_moments(kind):
     case, rng = Case(kind), random.Random(7)
@@ -235,8 +236,9 @@ def test_ctrl_c_at_random_moments(kind):
             interrupter.start()
             case.run(caches, TOKENS)
             stopped = False
-            while True:
-                time.sleep(0.001)
+            interrupter.join()
+            # Struck after the run; or inside a conversion of nanobind's, which drops what is raised there.
+            time.sleep(0.05)
         except KeyboardInterrupt:
             n_stopped += stopped
         interrupter.join()

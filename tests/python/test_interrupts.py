@@ -91,6 +91,7 @@ def test_exceptions_at_random_layers(make, options):
         check(model, caches, options, expected)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @every_kind
 def test_ctrl_c_at_random_moments(make, options):
     model, rng = TinyModel(N_LAYERS), random.Random(6)
@@ -108,8 +109,9 @@ def test_ctrl_c_at_random_moments(make, options):
             interrupter.start()
             mlxrs_py.prefill(model, TOKENS, caches, step_size=STEP, **options)
             stopped = False
-            while True:
-                time.sleep(0.001)
+            interrupter.join()
+            # Struck after the run; or inside a conversion of nanobind's, which drops what is raised there.
+            time.sleep(0.05)
         except KeyboardInterrupt:
             n_stopped += stopped
         interrupter.join()
