@@ -14,9 +14,9 @@ pytestmark = pytest.mark.real_model
 
 PROMPT = (
     "The lighthouse of Alder Point was built in 1871 from grey granite. Its first keeper, Marta Lindqvist, lived there "
-    "with two cats and a goat. Every evening she climbed the 127 steps, lit the lamp, and wrote the weather into a blue "
-    "book. In the winter of 1882 a storm broke the great window, and she held a sail over the gap until morning, so "
-    "that the ships in the bay saw the light all night. The town gave her a silver watch for it."
+    "with two cats and a goat. Every evening she climbed the 127 steps, lit the lamp, and wrote the weather into a "
+    "blue book. In the winter of 1882 a storm broke the great window, and she held a sail over the gap until morning, "
+    "so that the ships in the bay saw the light all night. The town gave her a silver watch for it."
 )
 QUESTION = "\nQuestion: What was the name of the first keeper of the lighthouse?\nAnswer:"
 N_TOKENS = 24
@@ -90,5 +90,6 @@ def test_rings_of_64_tokens_that_keep_the_first_4(model_and_tokenizer, tmp_path)
         for token in prompt[60:]:
             mx.eval(model(mx.array([[token]]), cache=caches))
 
+    assert len(model_and_tokenizer[1].encode(" The", add_special_tokens=False)) == 1
     make = lambda m: m.RotatingKVCache(max_size=64, keep=4)  # noqa: E731
     compare(model_and_tokenizer, make, fill, "RotatingKVCache", tmp_path, question=" The")
