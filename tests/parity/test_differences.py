@@ -127,6 +127,20 @@ def test_a_window_of_nothing_is_no_window_for_a_ring():
     assert other.make_mask(1, window_size=0).tolist() == [False] * 4
 
 
+def test_a_huge_window_hides_nothing():
+    mine, other = both("KVCache")
+    for cache in (mine, other):
+        advance(cache, 3)
+    everything = mine.make_mask(2, return_array=True).tolist()
+    # Positions are 32-bit integers, and the sum of position and window wraps around.
+    wrapped = other.make_mask(2, window_size=2**31 - 1, return_array=True).tolist()
+    assert wrapped == [[True, False, False, False, False]] * 2
+    with pytest.raises(ValueError, match="Converting 2147483648 to int32"):
+        other.make_mask(2, window_size=2**31, return_array=True)
+    for window in (2**31 - 1, 2**31, 2**40):
+        assert mine.make_mask(2, window_size=window).tolist() == everything
+
+
 @pytest.mark.parametrize("name", ["KVCache", "QuantizedKVCache", "RotatingKVCache"])
 def test_a_state_is_a_snapshot(name):
     mine, other = both(name, *[8] * (name == "RotatingKVCache"))

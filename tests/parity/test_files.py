@@ -84,6 +84,13 @@ def test_a_file_of_mlx_lm_is_read_by_us(make, tmp_path):
     assert type(loaded[0]).__module__ == ("mlxrs_py.cache" if hasattr(ours, type(cache).__name__) else theirs.__name__)
 
 
+def test_children_of_a_list_are_ours_after_a_load(tmp_path):
+    ours.save_prompt_cache(tmp_path / "p", [CACHES["CacheList"]()])
+    (loaded,) = ours.load_prompt_cache(tmp_path / "p")
+    assert type(loaded[0]) is ours.KVCache
+    assert [type(child) for child in loaded[1].caches] == [theirs.ArraysCache, ours.RotatingKVCache]
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @every_class
 def test_a_file_of_ours_is_read_by_mlx_lm(make, padded, tmp_path):

@@ -275,3 +275,21 @@ def test_a_second_ctrl_c_while_the_caches_are_put_back(kind):
             sys.settrace(before)
         case.report = lambda: None
         case.check(caches)
+
+
+def test_ctrl_c_while_a_state_is_read_is_ctrl_c():
+    """mlx-lm's caches give their state in Python code, where the signal may strike."""
+    struck = []
+
+    class Struck(theirs.RotatingKVCache):
+        @property
+        def state(self):
+            if self.offset == 8 and not struck:
+                struck.append(self)
+                raise KeyboardInterrupt
+            return super().state
+
+    caches = [ours.KVCache(), Struck(64), theirs.RotatingKVCache(64), ours.RotatingKVCache(64)]
+    with pytest.raises(KeyboardInterrupt):
+        mlxrs_py.prefill(tiny_llama(4), TOKENS, caches, step_size=STEP)
+    assert [c.offset for c in caches] == [4] * 4

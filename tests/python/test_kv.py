@@ -167,6 +167,20 @@ def test_a_mask_is_as_mlx_attention_takes_it():
     assert cache.make_mask(1, window_size=9).tolist() == [[T, T, T]]
 
 
+@pytest.mark.parametrize("window", [6, 2**31 - 2, 2**31 - 1, 2**31, 2**32 + 2, 2**40])
+def test_a_huge_window_hides_nothing(window):
+    cache = feed(KVCache(), 3)
+    assert raw(cache.make_mask(2, window_size=window)) == raw(cache.make_mask(2, return_array=True))
+
+
+def test_a_quantized_copy_grows_by_its_own_step():
+    cache = KVCache()
+    cache.step = 16
+    quantized = feed(cache, 3, dim=64).to_quantized()
+    assert quantized.step == 256
+    assert feed(quantized, 20, dim=64).keys[0].shape[2] == 3 + 256
+
+
 def test_a_quantized_copy_holds_the_same_tokens_in_buffers_of_the_same_length():
     cache = feed(KVCache(), 300, dim=64)
     quantized = cache.to_quantized()

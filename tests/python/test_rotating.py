@@ -135,6 +135,19 @@ def test_with_kept_tokens_the_new_token_sees_itself_and_not_the_sinks_beyond_its
     assert cache.make_mask(1, window_size=3).tolist() == [False, False, True, False, True, True]
 
 
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("max_size", [2**31 - 1, 2**31, 2**40])
+def test_a_huge_ring_hides_nothing(max_size, keep):
+    huge, plain = RotatingKVCache(max_size, keep), RotatingKVCache(100)
+    for cache in (huge, plain):
+        advance(cache, 3)
+    assert huge.make_mask(2, return_array=True).tolist() == plain.make_mask(2, return_array=True).tolist()
+    assert (
+        huge.make_mask(2, window_size=2**33, return_array=True).tolist()
+        == plain.make_mask(2, return_array=True).tolist()
+    )
+
+
 def test_a_trim_before_the_ring_is_full_takes_tokens_back():
     cache = RotatingKVCache(8)
     advance(cache, 6)
