@@ -1,10 +1,14 @@
 """How hard the twins are driven, by MLXRS_PROFILE: ``fast`` (the default; the same cases every time) or ``slow``."""
 
 import os
+import signal
 
 from hypothesis import settings
 
 from . import twins
+
+# A runner in the background may have handed us an ignored SIGINT; the tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("fast", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("slow", max_examples=1200, deadline=None, print_blob=True)
