@@ -29,7 +29,11 @@ pub fn causal(n_tokens: usize, offset: usize, window: Option<usize>) -> Result<A
     let columns = Array::arange(0, offset + n_tokens)?;
     let mask = columns.le(&queries)?;
     match window {
-        Some(window) => mask.and(&queries.lt(&columns.plus(&Array::scalar(window as i32))?)?),
+        // A window beyond all tokens hides none; clamped, it stays within 32 bits.
+        Some(window) => {
+            let window = window.min(offset + n_tokens);
+            mask.and(&queries.lt(&columns.plus(&Array::scalar(window as i32))?)?)
+        }
         None => Ok(mask),
     }
 }
@@ -73,7 +77,7 @@ pub(super) fn kept_and_recent(
     let [kept, newest] = rows.map(|(from, to)| Array::arange(from, to));
     let positions = Array::concatenate(&[&kept?, &newest?], 0)?;
     let queries = column(&Array::arange(offset, offset + n_tokens)?)?;
-    let reach = Array::scalar(window.unwrap_or(recent) as i32);
+    let reach = Array::scalar(window.unwrap_or(recent).min(offset + n_tokens) as i32);
     let mut near = queries.lt(&positions.plus(&reach)?)?;
     if window.is_none() {
         near = near.or(&positions.lt(&Array::scalar(rows[0].1 as i32))?)?;
