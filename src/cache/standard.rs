@@ -41,7 +41,6 @@ impl StandardKvCache {
             quantized.values = Some(values.quantize(group_size, bits)?);
         }
         quantized.offset = self.offset;
-        quantized.step = self.step;
         Ok(quantized)
     }
 }
