@@ -6,7 +6,7 @@ use super::cache_to_python;
 use super::tree::from_python;
 use crate::array::Array;
 use crate::cache::{Cache, CacheState, Checkpoint, State};
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyAttributeError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 
@@ -25,9 +25,10 @@ pub(super) fn cache_state(cache: &Bound<'_, PyAny>) -> PyResult<CacheState<Array
         return own.get().cache_state();
     }
     let class = cache.get_type().name()?.to_str()?.to_owned();
-    let Ok(state) = cache.getattr("state") else {
-        return Err(PyTypeError::new_err(format!("expected a cache with a state, got {class}")));
-    };
+    let state = cache.getattr("state").map_err(|error| {
+        let is_absent = error.is_instance_of::<PyAttributeError>(cache.py());
+        if is_absent { PyTypeError::new_err(format!("expected a cache with a state, got {class}")) } else { error }
+    })?;
     Ok(CacheState { class, state: from_python(&state)? })
 }
 
