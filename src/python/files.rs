@@ -1,7 +1,7 @@
 //! Saving, loading and looking into cache files.
 
 use super::cache_to_python;
-use super::foreign::cache_state;
+use super::foreign::{adopt_one, cache_state};
 use super::tree::to_python;
 use crate::array::Array;
 use crate::cache::schema::Class;
@@ -131,7 +131,7 @@ fn nested<'py>(py: Python<'py>, flat: BTreeMap<&str, &str>, depth: usize) -> PyR
     }
 }
 
-/// A cache of our class of that name, or of mlx-lm's where we have none yet.
+/// A cache of our class of that name, or of mlx-lm's where we have none yet, with children of ours where we have those.
 fn build(py: Python<'_>, state: CacheState<Array>) -> PyResult<Bound<'_, PyAny>> {
     if Cache::of_class(&state.class).is_some() {
         return cache_to_python(py, Cache::from_state(state)?);
@@ -143,7 +143,7 @@ fn build(py: Python<'_>, state: CacheState<Array>) -> PyResult<Bound<'_, PyAny>>
         import.set_cause(py, Some(error));
         import
     })?;
-    module.getattr(state.class.as_str())?.call_method1("from_state", (to_python(py, state.state)?,))
+    adopt_one(module.getattr(state.class.as_str())?.call_method1("from_state", (to_python(py, state.state)?,))?)
 }
 
 /// What a cache file holds, from its header alone: format, metadata, and per layer class, offset and tensors.

@@ -40,7 +40,7 @@ pub(super) fn adopt<'py>(caches: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyLi
     PyList::new(caches.py(), adopted)
 }
 
-fn adopt_one(cache: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
+pub(super) fn adopt_one(cache: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
     let class = cache.get_type();
     if is_reference(&class, &["CacheList"])? {
         let children = adopt(&cache.getattr("caches")?)?;
