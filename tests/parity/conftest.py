@@ -3,6 +3,8 @@
 import os
 import signal
 
+import mlx.core as mx
+import pytest
 from hypothesis import settings
 
 from . import twins
@@ -13,6 +15,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("fast", max_examples=60, deadline=None, derandomize=True)
 settings.register_profile("slow", max_examples=1200, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("MLXRS_PROFILE", "fast"))
+
+
+@pytest.fixture(scope="module")
+def without_compiling():
+    """Run what mlx-lm compiles as it stands: on a CPU, MLX's compiler takes longer than tiny models run."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 def pytest_terminal_summary(terminalreporter):

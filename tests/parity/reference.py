@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ __all__ = [
     "generate_step",
     "llama",
     "load",
+    "model_module",
     "prefill",
     "stream_generate",
     "tiny_llama",
@@ -40,6 +42,11 @@ def tiny_llama(n_layers: int = 4, **options: Any) -> Any:
     model = llama.Model(arguments)
     mx.eval(model.parameters())
     return model
+
+
+def model_module(name: str) -> Any:
+    """Import the module of a model, which may be while other classes are installed."""
+    return importlib.import_module(f"mlx_lm.models.{name}")
 
 
 def prefill(model: Any, tokens: list[int], caches: list[Any], **options: Any) -> None:
