@@ -1,6 +1,6 @@
-//! What the states of mlx-lm's nine cache classes consist of: one table, which the checks and both file formats read.
+//! What the states of the cache classes consist of: one table, which the checks and both file formats read.
 //!
-//! Numbers are those of mlx-lm 0.32.2. Rows are the entries of axis 2 of keys and values `(B, H, L, D)`: one per token.
+//! Nine classes are mlx-lm's, and the numbers those of mlx-lm 0.32.2; two are ours, for what mlx-lm cannot quantize. Rows are the entries of axis 2 of keys and values `(B, H, L, D)`: one per token.
 
 mod check;
 mod rows;
@@ -119,11 +119,13 @@ pub enum Rule {
     Children,
 }
 
-/// A cache class of mlx-lm.
+/// A cache class.
 #[derive(Debug)]
 pub struct Class {
     /// Its Python name.
     pub name: &'static str,
+    /// False for a class that format 0.31 has no form for.
+    pub in_v031: bool,
     /// The entries of its state; keys and values, if there are any, come first.
     pub fields: &'static [Field],
     /// Which rows are valid.
@@ -136,18 +138,22 @@ const fn field(name: &'static str, kind: Kind, v031: V031) -> Field {
 
 const KEYS: Field = field("keys", Kind::Rows, V031::Tensor);
 const VALUES: Field = field("values", Kind::Rows, V031::Tensor);
+const PACKED_KEYS: Field = field("keys", Kind::Packed, V031::Tensor);
+const PACKED_VALUES: Field = field("values", Kind::Packed, V031::Tensor);
 const OFFSETS: Field = field("offset", Kind::PerSequence, V031::Tensor);
 const LEFT_PADDING: Field = field("left_padding", Kind::PerSequence, V031::Tensor);
 
 /// The classes; a file that names another one is refused.
-pub static CLASSES: [Class; 9] = [
+pub static CLASSES: [Class; 11] = [
     Class {
         name: "KVCache",
+        in_v031: true,
         fields: &[KEYS, VALUES, field("offset", Kind::Count, V031::Absent)],
         rule: Rule::First(2),
     },
     Class {
         name: "RotatingKVCache",
+        in_v031: true,
         fields: &[
             KEYS,
             VALUES,
@@ -160,18 +166,20 @@ pub static CLASSES: [Class; 9] = [
     },
     Class {
         name: "QuantizedKVCache",
+        in_v031: true,
         fields: &[
-            field("keys", Kind::Packed, V031::Tensor),
-            field("values", Kind::Packed, V031::Tensor),
+            PACKED_KEYS,
+            PACKED_VALUES,
             field("offset", Kind::Count, V031::Text(0)),
             field("group_size", Kind::Count, V031::Text(1)),
             field("bits", Kind::Count, V031::Text(2)),
         ],
         rule: Rule::First(2),
     },
-    Class { name: "ConcatenateKVCache", fields: &[KEYS, VALUES], rule: Rule::All },
+    Class { name: "ConcatenateKVCache", in_v031: true, fields: &[KEYS, VALUES], rule: Rule::All },
     Class {
         name: "ChunkedKVCache",
+        in_v031: true,
         fields: &[
             KEYS,
             VALUES,
@@ -183,6 +191,7 @@ pub static CLASSES: [Class; 9] = [
     },
     Class {
         name: "ArraysCache",
+        in_v031: true,
         fields: &[
             field("cache", Kind::Slots, V031::Tensor),
             field("left_padding", Kind::MaybePerSequence, V031::Absent),
@@ -190,14 +199,16 @@ pub static CLASSES: [Class; 9] = [
         ],
         rule: Rule::Slots,
     },
-    Class { name: "CacheList", fields: &[], rule: Rule::Children },
+    Class { name: "CacheList", in_v031: true, fields: &[], rule: Rule::Children },
     Class {
         name: "BatchKVCache",
+        in_v031: true,
         fields: &[KEYS, VALUES, OFFSETS, LEFT_PADDING, field("_idx", Kind::Count, V031::Absent)],
         rule: Rule::First(4),
     },
     Class {
         name: "BatchRotatingKVCache",
+        in_v031: true,
         fields: &[
             KEYS,
             VALUES,
@@ -209,6 +220,35 @@ pub static CLASSES: [Class; 9] = [
             field("rotated", Kind::Flag, V031::Text(3)),
         ],
         rule: Rule::BatchRing,
+    },
+    Class {
+        name: "QuantizedRotatingKVCache",
+        in_v031: false,
+        fields: &[
+            PACKED_KEYS,
+            PACKED_VALUES,
+            field("offset", Kind::Count, V031::Absent),
+            field("keep", Kind::Count, V031::Absent),
+            field("max_size", Kind::Count, V031::Absent),
+            field("_idx", Kind::Count, V031::Absent),
+            field("group_size", Kind::Count, V031::Absent),
+            field("bits", Kind::Count, V031::Absent),
+        ],
+        rule: Rule::Ring,
+    },
+    Class {
+        name: "BatchQuantizedKVCache",
+        in_v031: false,
+        fields: &[
+            PACKED_KEYS,
+            PACKED_VALUES,
+            OFFSETS,
+            LEFT_PADDING,
+            field("_idx", Kind::Count, V031::Absent),
+            field("group_size", Kind::Count, V031::Absent),
+            field("bits", Kind::Count, V031::Absent),
+        ],
+        rule: Rule::First(4),
     },
 ];
 
@@ -229,6 +269,11 @@ impl Class {
     /// All names, for error texts.
     pub fn names() -> String {
         CLASSES.each_ref().map(|class| class.name).join(", ")
+    }
+
+    /// Place of the entry `name` in the state.
+    pub fn place(&self, name: &str) -> Option<usize> {
+        self.fields.iter().position(|field| field.name == name)
     }
 
     /// True if keys and values are the first two entries.

@@ -175,7 +175,7 @@ fn inspect_layer<'py>(py: Python<'py>, cache: &CacheState<TensorInfo>) -> PyResu
 /// The count of tokens, if the class has one for the whole cache.
 fn offset(cache: &CacheState<TensorInfo>) -> Option<i64> {
     let State::List(items) = &cache.state else { return None };
-    let at = Class::find(&cache.class)?.fields.iter().position(|field| field.name == "offset");
+    let at = Class::find(&cache.class)?.place("offset");
     match (at.and_then(|at| items.get(at)), items.first()) {
         (Some(State::Int(offset)), _) => Some(*offset),
         // ConcatenateKVCache counts its rows.

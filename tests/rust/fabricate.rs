@@ -150,17 +150,18 @@ pub fn cache(choose: &mut dyn Choose, padding: Padding, depth: usize) -> CacheSt
     let rows = (choose.below(5) != 4).then_some(used + spare);
     let used = rows.map_or(0, |_| used);
     let sequences = || vec![array(Dtype::I32, &[sizes.batch]), array(Dtype::I32, &[sizes.batch])];
-    match choose.below(if depth < 3 { 9 } else { 8 }) {
+    // Only format 0.32 has the last two; lists are not nested without end.
+    let kinds = if padding == Padding::Kept { 11 } else { 9 };
+    match choose.below(kinds) {
         0 => list("KVCache", [sizes.pair(rows), vec![int(used)]].concat()),
         1 => {
             let ring = ring(choose, padding);
-            let keep =
-                if ring.index < ring.max_size { choose.below(ring.index.max(1)) } else { choose.below(ring.max_size) };
-            let numbers = [ring.offset, keep.min(ring.max_size - 1), ring.max_size, ring.index].map(int);
+            let keep = choose.below(ring.index.clamp(1, ring.max_size));
+            let numbers = [ring.offset, keep, ring.max_size, ring.index].map(int);
             list("RotatingKVCache", [sizes.pair(ring.rows), numbers.into()].concat())
         }
         2 => {
-            let (group_size, bits) = ([32, 64, 128][choose.below(3)], [1, 2, 3, 4, 5, 6, 8][choose.below(7)]);
+            let (group_size, bits) = packing(choose);
             let numbers = [used, group_size, bits].map(int);
             list("QuantizedKVCache", [sizes.packed(rows, group_size, bits), numbers.into()].concat())
         }
@@ -190,12 +191,31 @@ pub fn cache(choose: &mut dyn Choose, padding: Padding, depth: usize) -> CacheSt
             let numbers = vec![int(ring.max_size), int(ring.offset), int(index), State::Bool(rotated)];
             list("BatchRotatingKVCache", [sizes.pair(ring.rows), sequences(), numbers].concat())
         }
+        9 => {
+            let ring = ring(choose, padding);
+            let keep = choose.below(ring.index.clamp(1, ring.max_size));
+            let (group_size, bits) = packing(choose);
+            let numbers = [ring.offset, keep, ring.max_size, ring.index, group_size, bits].map(int);
+            list("QuantizedRotatingKVCache", [sizes.packed(ring.rows, group_size, bits), numbers.into()].concat())
+        }
+        10 => {
+            let (group_size, bits) = packing(choose);
+            let numbers = [used, group_size, bits].map(int);
+            let packed = sizes.packed(rows, group_size, bits);
+            list("BatchQuantizedKVCache", [packed, sequences(), numbers.into()].concat())
+        }
+        _ if depth == 3 => list("ConcatenateKVCache", sizes.pair(rows)),
         _ => {
             let child = |child: CacheState<Form>| State::List(vec![child.state, State::Str(child.class)]);
             let children = (0..choose.below(3)).map(|_| child(cache(choose, padding, depth + 1))).collect();
             list("CacheList", children)
         }
     }
+}
+
+/// Group size and bits.
+fn packing(choose: &mut dyn Choose) -> (usize, usize) {
+    ([32, 64, 128][choose.below(3)], [1, 2, 3, 4, 5, 6, 8][choose.below(7)])
 }
 
 struct Ring {

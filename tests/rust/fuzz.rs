@@ -32,7 +32,11 @@ fn exercise(file: &[u8], decoded: Decoded, folder: &Path) {
     assert_eq!(schema::check_layers(&cut), Ok(()));
     match save(Format::V031, &cut, &user) {
         Ok(again) => assert_eq!(forms(load(&again).expect("what is saved can be loaded")), cut),
-        Err(error) => assert!(error.to_string().contains("no left_padding and no lengths in format 0.31"), "{error}"),
+        Err(error) => {
+            let error = error.to_string();
+            let unsayable = ["no left_padding and no lengths in format 0.31", "a class that format 0.31 has"];
+            assert!(unsayable.iter().any(|what| error.contains(what)), "{error}");
+        }
     }
 }
 

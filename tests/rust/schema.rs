@@ -48,6 +48,18 @@ fn batch_rotating(len: Option<usize>, max_size: usize, offset: usize, index: usi
     list("BatchRotatingKVCache", [vec![both.clone(), both, sequences(2), sequences(2)], numbers].concat())
 }
 
+fn quantized_rotating(len: Option<usize>, ring: [usize; 4], group_size: usize, bits: usize) -> CacheState<Form> {
+    let both = len.map_or(State::None, packed);
+    let numbers = [&ring[..], &[group_size, bits]].concat().into_iter().map(int);
+    list("QuantizedRotatingKVCache", [vec![both.clone(), both], numbers.collect()].concat())
+}
+
+fn batch_quantized(len: Option<usize>, index: usize, group_size: usize, bits: usize) -> CacheState<Form> {
+    let both = len.map_or(State::None, packed);
+    let numbers = [index, group_size, bits].map(int);
+    list("BatchQuantizedKVCache", [vec![both.clone(), both, sequences(2), sequences(2)], numbers.into()].concat())
+}
+
 fn parent(children: Vec<CacheState<Form>>) -> CacheState<Form> {
     let pair = |child: CacheState<Form>| State::List(vec![child.state, State::Str(child.class)]);
     list("CacheList", children.into_iter().map(pair).collect())
@@ -84,6 +96,8 @@ fn good() -> Vec<CacheState<Form>> {
         parent(vec![kv(rows(8), rows(8), int(5)), parent(vec![rotating(None, 0, 0, 8, 0)])]),
         list("BatchKVCache", vec![rows(8), rows(8), sequences(2), sequences(2), int(5)]),
         batch_rotating(Some(8), 8, 11, 3, true),
+        quantized_rotating(Some(8), [11, 2, 8, 5], 32, 4),
+        batch_quantized(Some(8), 5, 32, 4),
     ]
 }
 
@@ -239,6 +253,7 @@ fn an_offset_beyond_the_rows_is_refused() {
     assert_eq!(check(&kv(rows(8), rows(8), int(8))), Ok(()));
     let batch = |index| list("BatchKVCache", vec![rows(8), rows(8), sequences(2), sequences(2), int(index)]);
     refused(&batch(9), "4", "at most 8 rows", "9");
+    refused(&batch_quantized(Some(8), 9, 32, 4), "4", "at most 8 rows", "9");
 }
 
 #[test]
@@ -248,6 +263,12 @@ fn quantized_rows_must_fit_group_size_and_bits() {
     refused(&quantized(State::None, 0, 16, 4), "3", "among [32, 64, 128]", "16");
     refused(&quantized(packed(8), 5, 32, 8), "0", "8 bits and group size 32", "[2, 1, 8, 8]");
     refused(&quantized(packed(8), 5, 64, 4), "0", "4 bits and group size 64", "[2, 1, 8, 8]");
+    refused(&quantized_rotating(Some(8), [11, 2, 8, 5], 32, 7), "7", "among [1, 2, 3, 4, 5, 6, 8]", "7");
+    refused(&quantized_rotating(None, [0, 2, 8, 0], 16, 4), "6", "among [32, 64, 128]", "16");
+    refused(&quantized_rotating(Some(8), [11, 2, 8, 5], 64, 4), "0", "4 bits and group size 64", "[2, 1, 8, 8]");
+    refused(&batch_quantized(Some(8), 5, 32, 7), "6", "among [1, 2, 3, 4, 5, 6, 8]", "7");
+    refused(&batch_quantized(None, 0, 16, 4), "5", "among [32, 64, 128]", "16");
+    refused(&batch_quantized(Some(8), 5, 32, 8), "0", "8 bits and group size 32", "[2, 1, 8, 8]");
     let parts = |words: &[usize], scales: State<Form>, biases: State<Form>| {
         quantized(State::List(vec![array(Dtype::U32, words), scales, biases]), 5, 32, 4)
     };
@@ -282,6 +303,8 @@ fn a_ring_needs_a_place_to_write() {
     refused(&rotating(None, 9, 0, 8, 0), "0", "8 to 9 rows", "0");
     refused(&rotating(None, 3, 0, 8, 3), "2", "at most 0 rows", "3");
     refused(&rotating(Some(8), 1 << 31, 0, 8, 8), "2", "tokens", "2147483648");
+    refused(&quantized_rotating(Some(8), [3, 8, 8, 3], 32, 4), "3", "keep < max_size", "keep 8");
+    refused(&quantized_rotating(Some(12), [13, 0, 8, 1], 32, 4), "5", "the end of the rows", "1");
 }
 
 /// Rings of at most `max_size` + 10 tokens that updates and trims lead to; besides, a row of a batch may start as a
@@ -409,6 +432,14 @@ fn valid_rows_are_those_that_hold_tokens() {
     assert_eq!(valid(good()[7].clone()), [two(5, true), vec![None; 2]].concat());
     assert_eq!(valid(batch_rotating(Some(8), 8, 5, 5, false)), [two(5, false), vec![None; 2]].concat());
     assert_eq!(valid(batch_rotating(Some(8), 8, 11, 3, true)), [two(8, false), vec![None; 2]].concat());
+    assert_eq!(
+        valid(quantized_rotating(Some(12), [20, 0, 8, 12], 32, 4)),
+        vec![Some(Rows { valid: 12, padded: false }); 6]
+    );
+    assert_eq!(
+        valid(batch_quantized(Some(8), 5, 32, 4)),
+        [vec![Some(Rows { valid: 5, padded: true }); 6], vec![None; 2]].concat()
+    );
     assert_eq!(valid(good()[5].clone()), vec![None; 2]);
     assert_eq!(
         valid(parent(vec![kv(rows(8), rows(8), int(3)), list("ConcatenateKVCache", vec![rows(8), rows(8)])])),

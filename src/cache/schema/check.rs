@@ -137,8 +137,8 @@ impl<T: Described> Checked<'_, T> {
 
     fn check_rows(&self) -> Result<(), Fault> {
         if self.class.fields[0].kind == Kind::Packed {
-            self.among(3, &GROUP_SIZES)?;
-            self.among(4, &BITS)?;
+            self.among("group_size", &GROUP_SIZES)?;
+            self.among("bits", &BITS)?;
         }
         let sizes = match (&self.items[0], &self.items[1]) {
             (State::None, State::None) => None,
@@ -157,11 +157,17 @@ impl<T: Described> Checked<'_, T> {
         }
     }
 
-    fn among(&self, at: usize, known: &[usize]) -> Result<(), Fault> {
-        let got = count(self.items, at);
+    /// The number called `name`; 0 if the class has none.
+    fn named(&self, name: &str) -> i64 {
+        self.class.place(name).map_or(0, |at| count(self.items, at))
+    }
+
+    fn among(&self, name: &str, known: &[usize]) -> Result<(), Fault> {
+        let got = self.named(name);
         if known.contains(&(got as usize)) {
             return Ok(());
         }
+        let at = self.class.place(name).unwrap_or(self.class.fields.len());
         Err(self.fault(at, format!("among {known:?}"), got.to_string()))
     }
 
@@ -219,8 +225,8 @@ impl<T: Described> Checked<'_, T> {
         let [State::Array(words), State::Array(scales), State::Array(biases)] = parts else {
             return Err(self.fault(at, "three arrays", format!("{} entries", parts.len())));
         };
-        let group_size = count(self.items, 3) as usize;
-        let bits = count(self.items, 4) as usize;
+        let group_size = self.named("group_size") as usize;
+        let bits = self.named("bits") as usize;
         let shape = self.four(at, ".0", words, |dtype| dtype == Dtype::U32, "U32")?;
         let scales_shape = self.four(at, ".1", scales, Dtype::is_float, "float")?;
         let biases_shape = self.four(at, ".2", biases, Dtype::is_float, "float")?;

@@ -70,6 +70,10 @@ impl<T: Described> Encoded<T> {
     fn put_cache(&mut self, place: &Place, name: &str, state: State<T>) -> Result<()> {
         // The schema has checked the states; what does not fit here has no entries.
         let (Some(class), State::List(items)) = (Class::find(name), state) else { return Ok(()) };
+        if !class.in_v031 {
+            let expected = format!("layer {}: a class that format 0.31 has, or format 0.32", place.tensors);
+            return Err(Error::value(SAVE, expected, class.name));
+        }
         match class.rule {
             Rule::Children => self.put_children(place, items),
             Rule::Slots => self.put_slots(place, items),
@@ -179,6 +183,9 @@ pub(super) fn decode(source: &mut Source<'_>) -> Result<Vec<CacheState<TensorInf
 }
 
 fn cache(source: &mut Source<'_>, place: &Place, class: &Class, depth: usize) -> Result<State<TensorInfo>> {
+    if !class.in_v031 {
+        return Err(source.refuse(&place.tensors, "a class that format 0.31 has", class.name));
+    }
     match class.rule {
         Rule::Children => children(source, place, depth),
         Rule::Slots => slots(source, place),

@@ -92,6 +92,15 @@ fn a_swapped_class_is_refused() {
 }
 
 #[test]
+fn classes_that_format_031_has_no_form_for_are_refused_there() {
+    for name in ["QuantizedRotatingKVCache", "BatchQuantizedKVCache"] {
+        let got = name;
+        Draft::new(Format::V031, &[kv(3, 3)]).text("2.0", name).refused("0", "a class that format 0.31 has", got);
+        Draft::new(Format::V031, &[parent(vec![kv(3, 3)])]).text("0.0.0.0", name).refused("0.0", "0.31 has", got);
+    }
+}
+
+#[test]
 fn layers_and_classes_of_different_number_are_refused() {
     let two = [kv(3, 3), kv(3, 3)];
     Draft::new(Format::V032, &two[..1]).text("1.1", "KVCache").refused("1.0", "keys of a KVCache", "nothing");

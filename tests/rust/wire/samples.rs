@@ -21,10 +21,14 @@ pub fn rotating() -> CacheState<Form> {
     list("RotatingKVCache", vec![rows(8), rows(8), int(10), int(2), int(8), int(4)])
 }
 
+/// Packed words, scales and biases of 4 bits and group size 32.
+fn packed(rows: usize) -> State<Form> {
+    let groups = array(Dtype::F16, &[1, 1, rows, 2]);
+    State::List(vec![array(Dtype::U32, &[1, 1, rows, 8]), groups.clone(), groups])
+}
+
 pub fn quantized() -> CacheState<Form> {
-    let groups = array(Dtype::F16, &[1, 1, 3, 2]);
-    let triple = State::List(vec![array(Dtype::U32, &[1, 1, 3, 8]), groups.clone(), groups]);
-    list("QuantizedKVCache", vec![triple.clone(), triple, int(3), int(32), int(4)])
+    list("QuantizedKVCache", vec![packed(3), packed(3), int(3), int(32), int(4)])
 }
 
 pub fn arrays(slots: Vec<State<Form>>) -> CacheState<Form> {
@@ -56,6 +60,26 @@ pub fn all() -> Vec<CacheState<Form>> {
             "BatchRotatingKVCache",
             vec![rows(4), rows(4), sequences(), sequences(), int(4), int(7), int(2), State::Bool(true)],
         ),
+    ]
+}
+
+/// Caches that only format 0.32 can say.
+pub fn only_v032() -> Vec<CacheState<Form>> {
+    let (none, sequences) = (|| State::None, || array(Dtype::I32, &[1]));
+    let ring = |rows: State<Form>, [offset, index]: [usize; 2]| {
+        let numbers = [offset, 2, 8, index, 32, 4].map(int);
+        list("QuantizedRotatingKVCache", [vec![rows.clone(), rows], numbers.into()].concat())
+    };
+    let batch = |rows: State<Form>, index: usize| {
+        let numbers = [index, 32, 4].map(int);
+        list("BatchQuantizedKVCache", [vec![rows.clone(), rows, sequences(), sequences()], numbers.into()].concat())
+    };
+    vec![
+        list("ArraysCache", vec![State::List(vec![slot(), none()]), sequences(), sequences()]),
+        ring(packed(8), [10, 4]),
+        ring(none(), [0, 0]),
+        batch(packed(3), 3),
+        batch(none(), 0),
     ]
 }
 

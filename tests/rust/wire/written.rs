@@ -1,6 +1,6 @@
 //! What is written, and what is not.
 
-use super::samples::{BOTH, all, arrays, kv, parent, rotating, slot, user};
+use super::samples::{BOTH, all, arrays, kv, only_v032, parent, rotating, slot, user};
 use crate::fabricate::{Form, array, forms, int, list, load, save};
 use mlxrs_py::Error;
 use mlxrs_py::array::Dtype;
@@ -159,6 +159,10 @@ fn caches_that_lie_or_cannot_be_said_are_not_written() {
     }
     refused(Format::V031, kv(256, 3), "layer 1: 3 rows, the valid ones, got 256 rows");
     refused(Format::V031, parent(vec![kv(256, 3)]), "layer 1.0: 3 rows, the valid ones");
+    for cache in only_v032().into_iter().filter(|cache| cache.class != "ArraysCache") {
+        refused(Format::V031, parent(vec![cache.clone()]), "layer 1.0: a class that format 0.31 has, or format 0.32");
+        refused(Format::V031, cache, "layer 1: a class that format 0.31 has, or format 0.32");
+    }
     let padded = list("ArraysCache", vec![State::List(vec![slot()]), array(Dtype::I32, &[1]), State::None]);
     refused(Format::V031, padded, "layer 1: no left_padding and no lengths in format 0.31");
 }
