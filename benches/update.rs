@@ -19,12 +19,12 @@ fn update(criterion: &mut Criterion) {
     let rows = Array::zeros(&[1, 8, 1, 128], Dtype::Bf16).expect("rows");
     eval("bench", [&rows]).expect("rows");
     for (name, mut cache) in caches() {
-        cache.as_dyn_mut().update(&rows, &rows).expect("an update");
+        cache.as_kv_mut().expect("keys and values").update(&rows, &rows).expect("an update");
         criterion.bench_function(&format!("update {name}"), |bencher| {
             // A fresh copy per batch, so that the lazy graph does not grow without end.
             bencher.iter_batched_ref(
                 || cache.clone(),
-                |cache| cache.as_dyn_mut().update(&rows, &rows).expect("an update"),
+                |cache| cache.as_kv_mut().expect("keys and values").update(&rows, &rows).expect("an update"),
                 BatchSize::SmallInput,
             );
         });

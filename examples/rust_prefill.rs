@@ -12,7 +12,7 @@ impl Model for Silent {
         let n_tokens = tokens.shape()[1];
         let rows = Array::zeros(&[1, 4, n_tokens, 64], Dtype::Bf16)?;
         for cache in caches {
-            cache.as_dyn_mut().update(&rows, &rows)?;
+            cache.as_kv_mut()?.update(&rows, &rows)?;
         }
         Array::zeros(&[1, n_tokens, 32], Dtype::F32)
     }
@@ -23,6 +23,6 @@ fn main() -> mlxrs_py::Result<()> {
     let mut caches = make_prompt_cache(&CacheConfig { num_hidden_layers: 2, sliding_window: None })?;
     let logits = prefill_full(&mut Silent, &prompt, &mut caches, 256)?;
     assert_eq!(logits.shape(), [1, 1, 32]);
-    assert!(caches.iter().all(|cache| cache.as_dyn().offset() == prompt.len()));
+    assert!(caches.iter().all(|cache| cache.as_kv().is_ok_and(|cache| cache.offset() == prompt.len())));
     Ok(())
 }

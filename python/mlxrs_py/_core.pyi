@@ -13,10 +13,12 @@ import mlx.core as mx
 from typing_extensions import disjoint_base
 
 __all__ = [
+    "AttentionCache",
     "Cache",
     "CacheFormatError",
     "ConcatenateKVCache",
     "KVCache",
+    "MaskingCache",
     "MlxError",
     "MlxrsError",
     "QuantizedKVCache",
@@ -48,16 +50,48 @@ class CacheFormatError(MlxrsError, ValueError):
 
 @disjoint_base
 class Cache:
-    """Keys and values of one attention layer: what every cache class has.
+    """What one layer keeps between tokens: what every cache class has.
 
     Methods are lazy: they record MLX operations and evaluate nothing. What fails leaves the cache as it was. Copies,
     states and adopted caches share memory with their origin until one of them writes.
     """
 
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self: ...
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """All that makes up the cache, in the order of mlx-lm 0.32.2: a snapshot that later updates do not change.
+
+        Setting it checks the whole first: ValueError if the class cannot have such a state.
+        """
+    @state.setter
+    def state(self, value: Any) -> None: ...
+    @classmethod
+    def from_state(cls, state: Any) -> Self:
+        """Build a cache from a ``state``, without running the constructor."""
+    def size(self) -> int:
+        """Give the tokens whose rows are held."""
+    def empty(self) -> bool:
+        """Tell whether nothing was ever put in."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, padding included; 0 when empty."""
+    def is_trimmable(self) -> bool:
+        """Tell whether the newest tokens can be taken back."""
+    def copy(self) -> Self:
+        """Give an independent cache of the same class."""
+    def __copy__(self) -> Self: ...
+    def __deepcopy__(self, memo: Any) -> Self: ...
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[Any, ...]: ...
+    def __setstate__(self, attributes: dict[str, Any]) -> None: ...
+    def __setattr__(self, name: str, value: Any, /) -> None: ...
+    def __delattr__(self, name: str, /) -> None: ...
+
+class AttentionCache(Cache):
+    """Keys and values of one attention layer."""
+
     #: Rows by which the buffers grow, 256. May be set on a subclass or an instance.
     step: ClassVar[int]
 
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self: ...
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Take the keys and values of new tokens and give all that attention shall see.
 
@@ -82,51 +116,27 @@ class Cache:
     def values(self, value: Any) -> None: ...
     def keys_and_values(self) -> tuple[Any, Any]:
         """Give the valid rows. ValueError when empty."""
-    @property
-    def state(self) -> tuple[Any, ...]:
-        """All that makes up the cache, in the order of mlx-lm 0.32.2: a snapshot that later updates do not change.
-
-        Setting it checks the whole first: ValueError if the class cannot have such a state.
-        """
-    @state.setter
-    def state(self, value: Any) -> None: ...
-    @classmethod
-    def from_state(cls, state: Any) -> Self:
-        """Build a cache from a ``state``, without running the constructor."""
-    def size(self) -> int:
-        """Give the tokens whose rows are held."""
-    def empty(self) -> bool:
-        """Tell whether nothing was ever put in."""
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers, padding included; 0 when empty."""
-    def is_trimmable(self) -> bool:
-        """Tell whether the newest tokens can be taken back."""
     def trim(self, n: int) -> int:
         """Take back up to ``n`` of the newest tokens, and give how many. ValueError if ``n`` is negative."""
+
+class MaskingCache(AttentionCache):
+    """Keys and values of one attention layer that makes its own masks."""
+
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> Any:  # noqa: N803
         """Make the mask for ``N`` tokens that are about to be updated.
 
         Gives None (all visible), ``"causal"``, or a bool array (N, K) that is True where a token may look; a ring gives
         (K,) for one token.
         """
-    def copy(self) -> Self:
-        """Give an independent cache of the same class."""
-    def __copy__(self) -> Self: ...
-    def __deepcopy__(self, memo: Any) -> Self: ...
-    def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[Any, ...]: ...
-    def __setstate__(self, attributes: dict[str, Any]) -> None: ...
-    def __setattr__(self, name: str, value: Any, /) -> None: ...
-    def __delattr__(self, name: str, /) -> None: ...
 
-class KVCache(Cache):
+class KVCache(MaskingCache):
     """Keys and values in buffers that grow by ``step`` rows."""
 
     def __init__(self) -> None: ...
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
         """Give the same tokens in a QuantizedKVCache. ValueError for sizes that MLX does not support."""
 
-class RotatingKVCache(Cache):
+class RotatingKVCache(MaskingCache):
     """The newest ``max_size`` tokens in a ring, behind the first ``keep``, which are never overwritten.
 
     Once ``max_size`` tokens have been seen nothing can be trimmed: ``trim`` raises ValueError then.
@@ -152,7 +162,7 @@ class RotatingKVCache(Cache):
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
         """Raise NotImplementedError, as mlx-lm does."""
 
-class QuantizedKVCache(Cache):
+class QuantizedKVCache(MaskingCache):
     """A KVCache whose rows are affine-quantized once, when they come.
 
     Keys and values are triples: packed words (B, H, L, D * bits / 32) uint32, scales and biases (B, H, L, D /
@@ -172,7 +182,7 @@ class QuantizedKVCache(Cache):
     @bits.setter
     def bits(self, value: int) -> None: ...
 
-class ConcatenateKVCache(Cache):
+class ConcatenateKVCache(MaskingCache):
     """Exactly the rows, joined anew at each update."""
 
     def __init__(self) -> None: ...

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxrs_py._core import (
+    AttentionCache,
     Cache,
     ConcatenateKVCache,
     KVCache,
+    MaskingCache,
     QuantizedKVCache,
     RotatingKVCache,
     adopt,
@@ -25,10 +27,12 @@ from mlxrs_py._core import (
 )
 
 __all__ = [
+    "AttentionCache",
     "Cache",
     "CacheConfig",
     "ConcatenateKVCache",
     "KVCache",
+    "MaskingCache",
     "QuantizedKVCache",
     "RotatingKVCache",
     "adopt",

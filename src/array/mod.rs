@@ -2,6 +2,7 @@
 
 mod dtype;
 mod host;
+mod rows;
 
 pub use dtype::Dtype;
 

@@ -2,8 +2,8 @@
 
 use super::tensor::check_update;
 use super::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, State, array_field, array_state, checked_fields,
-    dense, mask, nothing_yet,
+    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, State, array_field, array_state,
+    checked_fields, dense, mask, nothing_yet,
 };
 use crate::array::Array;
 use crate::error::{Error, Result};
@@ -17,13 +17,57 @@ pub struct ConcatenateKvCache {
     pub values: Option<Array>,
 }
 
-impl ConcatenateKvCache {}
-
-impl KvCache for ConcatenateKvCache {
+impl LayerCache for ConcatenateKvCache {
     fn reference_class_name(&self) -> &'static str {
         "ConcatenateKVCache"
     }
 
+    fn state(&self) -> State<Array> {
+        State::List(vec![array_state(self.keys.as_ref()), array_state(self.values.as_ref())])
+    }
+
+    fn set_state(&mut self, state: State<Array>) -> Result<()> {
+        let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
+        let mut next = || array_field(fields.next().unwrap_or(State::None));
+        (self.keys, self.values) = (next(), next());
+        Ok(())
+    }
+
+    fn buffers(&self) -> Vec<&Array> {
+        self.keys.iter().chain(&self.values).collect()
+    }
+
+    fn size(&self) -> usize {
+        self.offset()
+    }
+
+    fn trim(&mut self, n: usize) -> Result<usize> {
+        let n = n.min(self.offset());
+        if let (Some(keys), Some(values)) = (&self.keys, &self.values) {
+            let rest = self.offset() - n;
+            (self.keys, self.values) = (Some(keys.rows(0, rest)?), Some(values.rows(0, rest)?));
+        }
+        Ok(n)
+    }
+
+    fn checkpoint(&self, _n_tokens: usize) -> Checkpoint {
+        Checkpoint::whole(self)
+    }
+
+    fn rollback(&mut self, checkpoint: Checkpoint) {
+        if let CheckpointKind::Whole(cache) = checkpoint.0
+            && let Cache::Concatenate(cache) = *cache
+        {
+            *self = cache;
+        }
+    }
+
+    fn copy(&self) -> Cache {
+        Cache::Concatenate(self.clone())
+    }
+}
+
+impl KvCache for ConcatenateKvCache {
     fn offset(&self) -> usize {
         self.keys.as_ref().map_or(0, |keys| keys.dim(2))
     }
@@ -44,17 +88,6 @@ impl KvCache for ConcatenateKvCache {
         let (keys, values) = (join(buffers[0], keys)?, join(buffers[1], values)?);
         (self.keys, self.values) = (Some(keys.clone()), Some(values.clone()));
         Ok((KvTensor::Dense(keys), KvTensor::Dense(values)))
-    }
-
-    fn state(&self) -> State<Array> {
-        State::List(vec![array_state(self.keys.as_ref()), array_state(self.values.as_ref())])
-    }
-
-    fn set_state(&mut self, state: State<Array>) -> Result<()> {
-        let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
-        let mut next = || array_field(fields.next().unwrap_or(State::None));
-        (self.keys, self.values) = (next(), next());
-        Ok(())
     }
 
     fn keys(&self) -> Option<KvTensor> {
@@ -86,36 +119,7 @@ impl KvCache for ConcatenateKvCache {
         Err(Error::value("offset", "an offset that is the number of rows: assign keys and values, or trim", offset))
     }
 
-    fn buffers(&self) -> Vec<&Array> {
-        self.keys.iter().chain(&self.values).collect()
-    }
-
     fn make_mask(&self, n_tokens: usize, window: Option<usize>, return_array: bool) -> Result<MaskMode> {
         mask::growing(n_tokens, self.offset(), window, return_array)
-    }
-
-    fn trim(&mut self, n: usize) -> Result<usize> {
-        let n = n.min(self.offset());
-        if let (Some(keys), Some(values)) = (&self.keys, &self.values) {
-            let rest = self.offset() - n;
-            (self.keys, self.values) = (Some(keys.rows(0, rest)?), Some(values.rows(0, rest)?));
-        }
-        Ok(n)
-    }
-
-    fn checkpoint(&self, _n_tokens: usize) -> Checkpoint {
-        Checkpoint(CheckpointKind::Whole(Box::new(self.copy())))
-    }
-
-    fn rollback(&mut self, checkpoint: Checkpoint) {
-        if let CheckpointKind::Whole(cache) = checkpoint.0
-            && let Cache::Concatenate(cache) = *cache
-        {
-            *self = cache;
-        }
-    }
-
-    fn copy(&self) -> Cache {
-        Cache::Concatenate(self.clone())
     }
 }

@@ -6,166 +6,29 @@ pub mod plan;
 mod quantized;
 mod rotating;
 pub mod schema;
+mod scheme;
 mod standard;
 pub mod state;
 mod tensor;
+mod traits;
 
 pub use concatenate::ConcatenateKvCache;
 pub use mask::MaskMode;
 pub use quantized::QuantizedKvCache;
 pub use rotating::RotatingKvCache;
+pub use scheme::Scheme;
 pub use standard::StandardKvCache;
 pub use state::{CacheState, State};
 pub use tensor::KvTensor;
 pub(crate) use tensor::zero_rows;
+pub use traits::{Checkpoint, KvCache, LayerCache};
+use traits::{CheckpointKind, settle};
 
-use crate::array::{self, Array, Dtype};
+use crate::array::{Array, Dtype};
 use crate::error::{Error, Result};
 
 /// Rows by which buffers grow: MLX's fast decode attention wants slices of a buffer padded to this.
 pub const STEP: usize = 256;
-
-/// The keys and values of one attention layer.
-///
-/// Shapes: keys `(B, H, S, D)`, values `(B, H, S, Dv)`; S is the number of new tokens.
-pub trait KvCache {
-    /// The mlx-lm class that this cache stands for, as files name it.
-    fn reference_class_name(&self) -> &'static str;
-
-    /// Tokens seen so far: the position of the next one.
-    fn offset(&self) -> usize;
-
-    /// Takes the keys and values of new tokens and gives all that attention shall see. Lazy.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if the shapes do not fit, [`Error::Mlx`] if MLX fails; the cache is then as before.
-    fn update(&mut self, keys: &Array, values: &Array) -> Result<(KvTensor, KvTensor)>;
-
-    /// The state in the order of mlx-lm 0.32.2, whole buffers included.
-    fn state(&self) -> State<Array>;
-
-    /// Replaces the state; checked as a whole before anything changes.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if the state does not fit the class.
-    fn set_state(&mut self, state: State<Array>) -> Result<()>;
-
-    /// Assigns the buffer of the keys; [`update`](Self::update) checks that it fits the rest.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if the class stores its keys in another form.
-    fn set_keys(&mut self, keys: Option<KvTensor>) -> Result<()>;
-
-    /// Assigns the buffer of the values, as [`set_keys`](Self::set_keys).
-    ///
-    /// # Errors
-    /// [`Error::Value`] if the class stores its values in another form.
-    fn set_values(&mut self, values: Option<KvTensor>) -> Result<()>;
-
-    /// The buffer of the keys.
-    fn keys(&self) -> Option<KvTensor>;
-
-    /// The buffer of the values.
-    fn values(&self) -> Option<KvTensor>;
-
-    /// The valid rows of keys and values.
-    ///
-    /// # Errors
-    /// [`Error::Value`] when empty, [`Error::Mlx`] if MLX fails.
-    fn keys_and_values(&self) -> Result<(KvTensor, KvTensor)>;
-
-    /// Assigns the count of tokens; [`update`](Self::update) checks that the buffers hold them.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if the class counts its rows instead.
-    fn set_offset(&mut self, offset: usize) -> Result<()>;
-
-    /// The stored buffers themselves.
-    fn buffers(&self) -> Vec<&Array>;
-
-    /// Evaluates the stored buffers, not slices of them: the memory barrier of a chunk.
-    ///
-    /// # Errors
-    /// [`Error::Mlx`] if a computation fails.
-    fn materialize(&self) -> Result<()> {
-        array::eval("materialize", self.buffers())
-    }
-
-    /// The mask for `n_tokens` that are about to be updated.
-    ///
-    /// # Errors
-    /// [`Error::Mlx`] if MLX fails.
-    fn make_mask(&self, n_tokens: usize, window: Option<usize>, return_array: bool) -> Result<MaskMode>;
-
-    /// Bytes of the stored buffers, padding included; 0 when empty.
-    fn nbytes(&self) -> usize {
-        self.buffers().into_iter().map(Array::n_bytes).sum()
-    }
-
-    /// True before the first update.
-    fn is_empty(&self) -> bool {
-        self.buffers().is_empty()
-    }
-
-    /// Tokens whose rows are held.
-    fn size(&self) -> usize {
-        self.offset()
-    }
-
-    /// True if the newest tokens can be taken back.
-    fn is_trimmable(&self) -> bool {
-        true
-    }
-
-    /// Takes back up to `n` of the newest tokens and gives how many.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if the rows that would be newest are gone.
-    fn trim(&mut self, n: usize) -> Result<usize>;
-
-    /// Rows that the cache holds at most; None if it grows.
-    fn max_size(&self) -> Option<usize> {
-        None
-    }
-
-    /// What [`rollback`](Self::rollback) needs to undo `n_tokens` more. Holds no array that an update would write in
-    /// place, if it can: MLX would have to copy it.
-    fn checkpoint(&self, n_tokens: usize) -> Checkpoint;
-
-    /// Goes back to a checkpoint of this cache.
-    fn rollback(&mut self, checkpoint: Checkpoint);
-
-    /// An independent cache; the arrays are shared until one of the two writes.
-    fn copy(&self) -> Cache;
-}
-
-/// The way back to where a cache stood; see [`KvCache::checkpoint`].
-#[derive(Debug)]
-pub struct Checkpoint(CheckpointKind);
-
-#[derive(Debug)]
-enum CheckpointKind {
-    /// The rows before this offset outlive the update. What was not computed of it is taken off the buffers.
-    Offset(usize),
-    /// The update replaces rows: the cache as it was.
-    Whole(Box<Cache>),
-}
-
-/// Takes updates that were never computed off the buffers: these may hold on to what failed. If some buffers had grown
-/// already, all are cut to the shortest.
-fn settle<'a>(buffers: impl IntoIterator<Item = &'a mut Array>) {
-    let mut buffers: Vec<_> = buffers.into_iter().collect();
-    for buffer in &mut buffers {
-        **buffer = buffer.before_unscheduled_updates();
-    }
-    let shortest = buffers.iter().map(|buffer| buffer.dim(2)).min().unwrap_or(0);
-    for buffer in buffers {
-        match buffer.rows(0, shortest) {
-            Ok(cut) => *buffer = cut,
-            Err(error) => tracing::error!(%error, "a buffer could not be cut"),
-        }
-    }
-}
 
 /// Any of the caches.
 #[derive(Clone, Debug)]
@@ -182,8 +45,8 @@ pub enum Cache {
 }
 
 impl Cache {
-    /// The cache behind the trait.
-    pub fn as_dyn(&self) -> &(dyn KvCache + 'static) {
+    /// What every cache can do.
+    pub fn as_dyn(&self) -> &(dyn LayerCache + 'static) {
         match self {
             Self::Standard(cache) => cache,
             Self::Rotating(cache) => cache,
@@ -192,14 +55,40 @@ impl Cache {
         }
     }
 
-    /// The cache behind the trait, to change.
-    pub fn as_dyn_mut(&mut self) -> &mut (dyn KvCache + 'static) {
+    /// What every cache can do, to change it.
+    pub fn as_dyn_mut(&mut self) -> &mut (dyn LayerCache + 'static) {
         match self {
             Self::Standard(cache) => cache,
             Self::Rotating(cache) => cache,
             Self::Quantized(cache) => cache,
             Self::Concatenate(cache) => cache,
         }
+    }
+
+    /// The keys and values.
+    ///
+    /// # Errors
+    /// [`Error::Type`] if the cache holds something else.
+    pub fn as_kv(&self) -> Result<&(dyn KvCache + 'static)> {
+        Ok(match self {
+            Self::Standard(cache) => cache,
+            Self::Rotating(cache) => cache,
+            Self::Quantized(cache) => cache,
+            Self::Concatenate(cache) => cache,
+        })
+    }
+
+    /// The keys and values, to change them.
+    ///
+    /// # Errors
+    /// [`Error::Type`] if the cache holds something else.
+    pub fn as_kv_mut(&mut self) -> Result<&mut (dyn KvCache + 'static)> {
+        Ok(match self {
+            Self::Standard(cache) => cache,
+            Self::Rotating(cache) => cache,
+            Self::Quantized(cache) => cache,
+            Self::Concatenate(cache) => cache,
+        })
     }
 
     /// Rows by which the buffers grow.
@@ -279,7 +168,7 @@ pub fn can_trim_prompt_cache(caches: &[Cache]) -> bool {
     caches.iter().all(|cache| cache.as_dyn().is_trimmable())
 }
 
-/// Checks a state against the class `name`, for [`KvCache::set_state`]; gives its fields.
+/// Checks a state against the class `name`, for [`LayerCache::set_state`]; gives its fields.
 fn checked_fields(name: &'static str, state: State<Array>) -> Result<Vec<State<Array>>> {
     let whole = CacheState { class: name.to_owned(), state };
     schema::check(&whole)

@@ -4,16 +4,11 @@ use super::plan::Growth;
 use super::standard::write;
 use super::tensor::check_update;
 use super::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, STEP, State, checked_fields, count_field, mask,
-    nothing_yet, settle,
+    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, STEP, Scheme, State, checked_fields,
+    count_field, mask, nothing_yet, settle,
 };
 use crate::array::{Array, Dtype};
 use crate::error::{Error, Result};
-
-/// Bits per element that MLX's affine quantization knows.
-pub const BITS: [usize; 7] = [1, 2, 3, 4, 5, 6, 8];
-/// Elements that share a scale and a bias.
-pub const GROUP_SIZES: [usize; 3] = [32, 64, 128];
 
 /// Keys and values, each as packed words, scales and biases; the first `offset` rows are valid.
 #[derive(Clone, Debug)]
@@ -26,13 +21,12 @@ pub struct QuantizedKvCache {
     pub offset: usize,
     /// Rows by which the buffers grow; at least 1.
     pub step: usize,
-    group_size: usize,
-    bits: usize,
+    scheme: Scheme,
 }
 
 impl Default for QuantizedKvCache {
     fn default() -> Self {
-        Self { keys: None, values: None, offset: 0, step: STEP, group_size: 64, bits: 8 }
+        Self { keys: None, values: None, offset: 0, step: STEP, scheme: Scheme::default() }
     }
 }
 
@@ -42,24 +36,12 @@ impl QuantizedKvCache {
     /// # Errors
     /// [`Error::Value`] if MLX does not know the group size or the number of bits.
     pub fn new(group_size: usize, bits: usize) -> Result<Self> {
-        let op = "QuantizedKVCache";
-        if !BITS.contains(&bits) {
-            return Err(Error::value(op, format!("bits among {BITS:?}"), bits));
-        }
-        if !GROUP_SIZES.contains(&group_size) {
-            return Err(Error::value(op, format!("group_size among {GROUP_SIZES:?}"), group_size));
-        }
-        Ok(Self { group_size, bits, ..Self::default() })
+        Ok(Self { scheme: Scheme::new("QuantizedKVCache", group_size, bits)?, ..Self::default() })
     }
 
-    /// Elements that share a scale and a bias.
-    pub const fn group_size(&self) -> usize {
-        self.group_size
-    }
-
-    /// Bits per element.
-    pub const fn bits(&self) -> usize {
-        self.bits
+    /// How the rows are quantized.
+    pub const fn scheme(&self) -> Scheme {
+        self.scheme
     }
 
     /// Assigns group size and bits; [`update`](KvCache::update) checks that the buffers fit them.
@@ -67,23 +49,7 @@ impl QuantizedKvCache {
     /// # Errors
     /// [`Error::Value`] if MLX does not know them.
     pub fn set_scheme(&mut self, group_size: usize, bits: usize) -> Result<()> {
-        let checked = Self::new(group_size, bits)?;
-        (self.group_size, self.bits) = (checked.group_size, checked.bits);
-        Ok(())
-    }
-
-    /// Checks that both head sizes are whole groups.
-    pub(super) fn check_head_dims(&self, op: &'static str, keys: &Array, values: &Array) -> Result<()> {
-        for (name, array) in [("keys", keys), ("values", values)] {
-            let head_dim = array.shape().last().copied().unwrap_or(0);
-            if !(head_dim as usize).is_multiple_of(self.group_size) {
-                let expected = format!("{name} whose head size is a multiple of the group size {}", self.group_size);
-                return Err(Error::value(op, expected, format!("{:?}", array.shape())));
-            }
-            if !array.dtype().is_float() {
-                return Err(Error::value(op, format!("{name} of a float type"), array.dtype().safetensors_name()));
-            }
-        }
+        self.scheme = Scheme::new("QuantizedKVCache", group_size, bits)?;
         Ok(())
     }
 }
@@ -113,11 +79,64 @@ fn packed(op: &'static str, tensor: Option<KvTensor>) -> Result<Option<[Array; 3
     }
 }
 
-impl KvCache for QuantizedKvCache {
+impl LayerCache for QuantizedKvCache {
     fn reference_class_name(&self) -> &'static str {
         "QuantizedKVCache"
     }
 
+    fn state(&self) -> State<Array> {
+        let counts = [self.offset, self.scheme.group_size(), self.scheme.bits()].map(|count| State::Int(count as i64));
+        let arrays = [state_of(self.keys.as_ref()), state_of(self.values.as_ref())];
+        State::List(arrays.into_iter().chain(counts).collect())
+    }
+
+    fn set_state(&mut self, state: State<Array>) -> Result<()> {
+        let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
+        let mut next = || fields.next().unwrap_or(State::None);
+        let (keys, values) = (triple(next()), triple(next()));
+        let (offset, group_size, bits) = (count_field(&next()), count_field(&next()), count_field(&next()));
+        *self = Self { keys, values, offset, step: self.step, ..Self::new(group_size, bits)? };
+        Ok(())
+    }
+
+    fn buffers(&self) -> Vec<&Array> {
+        self.keys.iter().chain(&self.values).flatten().collect()
+    }
+
+    fn size(&self) -> usize {
+        self.offset
+    }
+
+    fn trim(&mut self, n: usize) -> Result<usize> {
+        let n = n.min(self.offset);
+        self.offset -= n;
+        Ok(n)
+    }
+
+    fn checkpoint(&self, _n_tokens: usize) -> Checkpoint {
+        Checkpoint::at_offset(self, false)
+    }
+
+    fn rollback(&mut self, checkpoint: Checkpoint) {
+        match checkpoint.0 {
+            CheckpointKind::Offset(offset) => {
+                self.offset = offset;
+                settle(self.keys.iter_mut().chain(&mut self.values).flatten());
+            }
+            CheckpointKind::Whole(cache) => {
+                if let Cache::Quantized(cache) = *cache {
+                    *self = cache;
+                }
+            }
+        }
+    }
+
+    fn copy(&self) -> Cache {
+        Cache::Quantized(self.clone())
+    }
+}
+
+impl KvCache for QuantizedKvCache {
     fn offset(&self) -> usize {
         self.offset
     }
@@ -126,11 +145,11 @@ impl KvCache for QuantizedKvCache {
         let op = "QuantizedKVCache.update_and_fetch";
         let packed = [self.keys.as_ref(), self.values.as_ref()].map(|arrays| arrays.map(|arrays| &arrays[0]));
         let update = check_update(op, [keys, values], packed, (self.offset, self.offset), true)?;
-        self.check_head_dims(op, keys, values)?;
+        self.scheme.check(op, keys, values)?;
         let growth = Growth::plan(self.offset, update.len, update.n_tokens, self.step);
         let end = self.offset + update.n_tokens;
         let append = |buffers: Option<&[Array; 3]>, new: &Array| -> Result<[Array; 3]> {
-            let new = new.quantize(self.group_size, self.bits)?;
+            let new = new.quantize(self.scheme.group_size(), self.scheme.bits())?;
             let grown = |i: usize| {
                 let buffer = buffers.map(|arrays| &arrays[i]);
                 if let Some(buffer) = buffer
@@ -149,21 +168,6 @@ impl KvCache for QuantizedKvCache {
         let seen = (KvTensor::Quantized(rows(&keys, end)?), KvTensor::Quantized(rows(&values, end)?));
         (self.keys, self.values, self.offset) = (Some(keys), Some(values), end);
         Ok(seen)
-    }
-
-    fn state(&self) -> State<Array> {
-        let counts = [self.offset, self.group_size, self.bits].map(|count| State::Int(count as i64));
-        let arrays = [state_of(self.keys.as_ref()), state_of(self.values.as_ref())];
-        State::List(arrays.into_iter().chain(counts).collect())
-    }
-
-    fn set_state(&mut self, state: State<Array>) -> Result<()> {
-        let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
-        let mut next = || fields.next().unwrap_or(State::None);
-        let (keys, values) = (triple(next()), triple(next()));
-        let (offset, group_size, bits) = (count_field(&next()), count_field(&next()), count_field(&next()));
-        *self = Self { keys, values, offset, step: self.step, ..Self::new(group_size, bits)? };
-        Ok(())
     }
 
     fn keys(&self) -> Option<KvTensor> {
@@ -199,44 +203,7 @@ impl KvCache for QuantizedKvCache {
         Ok(())
     }
 
-    fn buffers(&self) -> Vec<&Array> {
-        self.keys.iter().chain(&self.values).flatten().collect()
-    }
-
     fn make_mask(&self, n_tokens: usize, window: Option<usize>, return_array: bool) -> Result<MaskMode> {
         mask::growing(n_tokens, self.offset, window, return_array)
-    }
-
-    fn trim(&mut self, n: usize) -> Result<usize> {
-        let n = n.min(self.offset);
-        self.offset -= n;
-        Ok(n)
-    }
-
-    fn checkpoint(&self, _n_tokens: usize) -> Checkpoint {
-        let stays = !self.is_empty() && self.buffers().iter().all(|buffer| buffer.is_scheduled());
-        Checkpoint(if stays {
-            CheckpointKind::Offset(self.offset)
-        } else {
-            CheckpointKind::Whole(Box::new(self.copy()))
-        })
-    }
-
-    fn rollback(&mut self, checkpoint: Checkpoint) {
-        match checkpoint.0 {
-            CheckpointKind::Offset(offset) => {
-                self.offset = offset;
-                settle(self.keys.iter_mut().chain(&mut self.values).flatten());
-            }
-            CheckpointKind::Whole(cache) => {
-                if let Cache::Quantized(cache) = *cache {
-                    *self = cache;
-                }
-            }
-        }
-    }
-
-    fn copy(&self) -> Cache {
-        Cache::Quantized(self.clone())
     }
 }

@@ -3,7 +3,7 @@
 use super::plan::{Ring, Segment};
 use super::tensor::{check_update, zero_rows};
 use super::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, STEP, State, array_field, array_state,
+    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, STEP, State, array_field, array_state,
     checked_fields, count_field, dense, mask, nothing_yet, settle,
 };
 use crate::array::Array;
@@ -87,11 +87,77 @@ fn join(buffer: &Array, segments: &[Segment], last: Option<&Array>) -> Result<Ar
     }
 }
 
-impl KvCache for RotatingKvCache {
+impl LayerCache for RotatingKvCache {
     fn reference_class_name(&self) -> &'static str {
         "RotatingKVCache"
     }
 
+    fn state(&self) -> State<Array> {
+        let Ring { offset, index, max_size, keep, .. } = self.ring;
+        let counts = [offset, keep, max_size, index].map(|count| State::Int(count as i64));
+        let arrays = [array_state(self.keys.as_ref()), array_state(self.values.as_ref())];
+        State::List(arrays.into_iter().chain(counts).collect())
+    }
+
+    fn set_state(&mut self, state: State<Array>) -> Result<()> {
+        let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
+        let mut next = || fields.next().unwrap_or(State::None);
+        let (keys, values) = (array_field(next()), array_field(next()));
+        let mut count = || count_field(&next());
+        let (offset, keep, max_size, index) = (count(), count(), count(), count());
+        let len = keys.as_ref().map(|keys| keys.dim(2));
+        (self.keys, self.values, self.ring) = (keys, values, Ring { offset, index, len, max_size, keep });
+        Ok(())
+    }
+
+    fn buffers(&self) -> Vec<&Array> {
+        self.keys.iter().chain(&self.values).collect()
+    }
+
+    fn size(&self) -> usize {
+        self.ring.offset.min(self.ring.max_size)
+    }
+
+    fn is_trimmable(&self) -> bool {
+        !self.ring.is_wrapped()
+    }
+
+    fn trim(&mut self, n: usize) -> Result<usize> {
+        if self.ring.is_wrapped() && n > 0 {
+            let expected = format!("fewer than max_size={} tokens, so that no row was overwritten", self.ring.max_size);
+            return Err(Error::value("RotatingKVCache.trim", expected, self.ring.offset));
+        }
+        let n = n.min(self.ring.offset);
+        self.ring = self.ring.trimmed(n);
+        Ok(n)
+    }
+
+    fn checkpoint(&self, n_tokens: usize) -> Checkpoint {
+        // Unless rows are overwritten or dropped, those before the offset outlive the update.
+        Checkpoint::at_offset(self, self.ring.offset + n_tokens >= self.ring.max_size)
+    }
+
+    fn rollback(&mut self, checkpoint: Checkpoint) {
+        match checkpoint.0 {
+            CheckpointKind::Offset(offset) => {
+                settle(self.keys.iter_mut().chain(&mut self.values));
+                let len = self.keys.as_ref().map(|keys| keys.dim(2));
+                self.ring = Ring { offset, index: offset, len, ..self.ring };
+            }
+            CheckpointKind::Whole(cache) => {
+                if let Cache::Rotating(cache) = *cache {
+                    *self = cache;
+                }
+            }
+        }
+    }
+
+    fn copy(&self) -> Cache {
+        Cache::Rotating(self.clone())
+    }
+}
+
+impl KvCache for RotatingKvCache {
     fn offset(&self) -> usize {
         self.ring.offset
     }
@@ -114,24 +180,6 @@ impl KvCache for RotatingKvCache {
         let seen = (KvTensor::Dense(keys.rows(0, seen)?), KvTensor::Dense(values.rows(0, seen)?));
         (self.keys, self.values, self.ring) = (Some(keys), Some(values), ring);
         Ok(seen)
-    }
-
-    fn state(&self) -> State<Array> {
-        let Ring { offset, index, max_size, keep, .. } = self.ring;
-        let counts = [offset, keep, max_size, index].map(|count| State::Int(count as i64));
-        let arrays = [array_state(self.keys.as_ref()), array_state(self.values.as_ref())];
-        State::List(arrays.into_iter().chain(counts).collect())
-    }
-
-    fn set_state(&mut self, state: State<Array>) -> Result<()> {
-        let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
-        let mut next = || fields.next().unwrap_or(State::None);
-        let (keys, values) = (array_field(next()), array_field(next()));
-        let mut count = || count_field(&next());
-        let (offset, keep, max_size, index) = (count(), count(), count(), count());
-        let len = keys.as_ref().map(|keys| keys.dim(2));
-        (self.keys, self.values, self.ring) = (keys, values, Ring { offset, index, len, max_size, keep });
-        Ok(())
     }
 
     fn keys(&self) -> Option<KvTensor> {
@@ -168,10 +216,6 @@ impl KvCache for RotatingKvCache {
         Ok(())
     }
 
-    fn buffers(&self) -> Vec<&Array> {
-        self.keys.iter().chain(&self.values).collect()
-    }
-
     fn make_mask(&self, n_tokens: usize, window: Option<usize>, return_array: bool) -> Result<MaskMode> {
         let Ring { offset, max_size, keep, .. } = self.ring;
         let window = window.filter(|&window| window > 0);
@@ -197,57 +241,8 @@ impl KvCache for RotatingKvCache {
         mask::kept_and_recent(n_tokens, offset, rows, window, max_size - keep).map(MaskMode::Array)
     }
 
-    fn size(&self) -> usize {
-        self.ring.offset.min(self.ring.max_size)
-    }
-
-    fn is_trimmable(&self) -> bool {
-        !self.ring.is_wrapped()
-    }
-
-    fn trim(&mut self, n: usize) -> Result<usize> {
-        if self.ring.is_wrapped() && n > 0 {
-            let expected = format!("fewer than max_size={} tokens, so that no row was overwritten", self.ring.max_size);
-            return Err(Error::value("RotatingKVCache.trim", expected, self.ring.offset));
-        }
-        let n = n.min(self.ring.offset);
-        self.ring = self.ring.trimmed(n);
-        Ok(n)
-    }
-
     fn max_size(&self) -> Option<usize> {
         Some(self.ring.max_size)
-    }
-
-    fn checkpoint(&self, n_tokens: usize) -> Checkpoint {
-        // Unless rows are overwritten or dropped, those before the offset outlive the update.
-        let stays = self.ring.offset + n_tokens < self.ring.max_size
-            && !self.is_empty()
-            && self.buffers().iter().all(|buffer| buffer.is_scheduled());
-        Checkpoint(if stays {
-            CheckpointKind::Offset(self.ring.offset)
-        } else {
-            CheckpointKind::Whole(Box::new(self.copy()))
-        })
-    }
-
-    fn rollback(&mut self, checkpoint: Checkpoint) {
-        match checkpoint.0 {
-            CheckpointKind::Offset(offset) => {
-                settle(self.keys.iter_mut().chain(&mut self.values));
-                let len = self.keys.as_ref().map(|keys| keys.dim(2));
-                self.ring = Ring { offset, index: offset, len, ..self.ring };
-            }
-            CheckpointKind::Whole(cache) => {
-                if let Cache::Rotating(cache) = *cache {
-                    *self = cache;
-                }
-            }
-        }
-    }
-
-    fn copy(&self) -> Cache {
-        Cache::Rotating(self.clone())
     }
 }
 

@@ -3,8 +3,8 @@
 use super::plan::Growth;
 use super::tensor::{check_update, zero_rows};
 use super::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, MaskMode, QuantizedKvCache, STEP, State, array_field,
-    array_state, checked_fields, count_field, dense, mask, nothing_yet, settle,
+    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, QuantizedKvCache, STEP, State,
+    array_field, array_state, checked_fields, count_field, dense, mask, nothing_yet, settle,
 };
 use crate::array::{Array, Dtype};
 use crate::error::Result;
@@ -36,7 +36,7 @@ impl StandardKvCache {
     pub fn to_quantized(&self, group_size: usize, bits: usize) -> Result<QuantizedKvCache> {
         let mut quantized = QuantizedKvCache::new(group_size, bits)?;
         if let (Some(keys), Some(values)) = (&self.keys, &self.values) {
-            quantized.check_head_dims("to_quantized", keys, values)?;
+            quantized.scheme().check("to_quantized", keys, values)?;
             quantized.keys = Some(keys.quantize(group_size, bits)?);
             quantized.values = Some(values.quantize(group_size, bits)?);
         }
@@ -62,11 +62,61 @@ pub(super) fn write(
     }
 }
 
-impl KvCache for StandardKvCache {
+impl LayerCache for StandardKvCache {
     fn reference_class_name(&self) -> &'static str {
         "KVCache"
     }
 
+    fn state(&self) -> State<Array> {
+        let offset = State::Int(self.offset as i64);
+        State::List(vec![array_state(self.keys.as_ref()), array_state(self.values.as_ref()), offset])
+    }
+
+    fn set_state(&mut self, state: State<Array>) -> Result<()> {
+        let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
+        let mut next = || fields.next().unwrap_or(State::None);
+        (self.keys, self.values, self.offset) = (array_field(next()), array_field(next()), count_field(&next()));
+        Ok(())
+    }
+
+    fn buffers(&self) -> Vec<&Array> {
+        self.keys.iter().chain(&self.values).collect()
+    }
+
+    fn size(&self) -> usize {
+        self.offset
+    }
+
+    fn trim(&mut self, n: usize) -> Result<usize> {
+        let n = n.min(self.offset);
+        self.offset -= n;
+        Ok(n)
+    }
+
+    fn checkpoint(&self, _n_tokens: usize) -> Checkpoint {
+        Checkpoint::at_offset(self, false)
+    }
+
+    fn rollback(&mut self, checkpoint: Checkpoint) {
+        match checkpoint.0 {
+            CheckpointKind::Offset(offset) => {
+                self.offset = offset;
+                settle(self.keys.iter_mut().chain(&mut self.values));
+            }
+            CheckpointKind::Whole(cache) => {
+                if let Cache::Standard(cache) = *cache {
+                    *self = cache;
+                }
+            }
+        }
+    }
+
+    fn copy(&self) -> Cache {
+        Cache::Standard(self.clone())
+    }
+}
+
+impl KvCache for StandardKvCache {
     fn offset(&self) -> usize {
         self.offset
     }
@@ -82,18 +132,6 @@ impl KvCache for StandardKvCache {
         let seen = (KvTensor::Dense(keys.rows(0, end)?), KvTensor::Dense(values.rows(0, end)?));
         (self.keys, self.values, self.offset) = (Some(keys), Some(values), end);
         Ok(seen)
-    }
-
-    fn state(&self) -> State<Array> {
-        let offset = State::Int(self.offset as i64);
-        State::List(vec![array_state(self.keys.as_ref()), array_state(self.values.as_ref()), offset])
-    }
-
-    fn set_state(&mut self, state: State<Array>) -> Result<()> {
-        let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
-        let mut next = || fields.next().unwrap_or(State::None);
-        (self.keys, self.values, self.offset) = (array_field(next()), array_field(next()), count_field(&next()));
-        Ok(())
     }
 
     fn keys(&self) -> Option<KvTensor> {
@@ -128,44 +166,7 @@ impl KvCache for StandardKvCache {
         Ok(())
     }
 
-    fn buffers(&self) -> Vec<&Array> {
-        self.keys.iter().chain(&self.values).collect()
-    }
-
     fn make_mask(&self, n_tokens: usize, window: Option<usize>, return_array: bool) -> Result<MaskMode> {
         mask::growing(n_tokens, self.offset, window, return_array)
-    }
-
-    fn trim(&mut self, n: usize) -> Result<usize> {
-        let n = n.min(self.offset);
-        self.offset -= n;
-        Ok(n)
-    }
-
-    fn checkpoint(&self, _n_tokens: usize) -> Checkpoint {
-        let stays = !self.is_empty() && self.buffers().iter().all(|buffer| buffer.is_scheduled());
-        Checkpoint(if stays {
-            CheckpointKind::Offset(self.offset)
-        } else {
-            CheckpointKind::Whole(Box::new(self.copy()))
-        })
-    }
-
-    fn rollback(&mut self, checkpoint: Checkpoint) {
-        match checkpoint.0 {
-            CheckpointKind::Offset(offset) => {
-                self.offset = offset;
-                settle(self.keys.iter_mut().chain(&mut self.values));
-            }
-            CheckpointKind::Whole(cache) => {
-                if let Cache::Standard(cache) = *cache {
-                    *self = cache;
-                }
-            }
-        }
-    }
-
-    fn copy(&self) -> Cache {
-        Cache::Standard(self.clone())
     }
 }

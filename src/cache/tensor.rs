@@ -21,6 +21,73 @@ impl KvTensor {
             Self::Quantized(arrays) => arrays,
         }
     }
+
+    /// What `f` makes of each array.
+    ///
+    /// # Errors
+    /// The first error of `f`.
+    pub fn try_map(&self, mut f: impl FnMut(&Array) -> Result<Array>) -> Result<Self> {
+        Ok(match self {
+            Self::Dense(array) => Self::Dense(f(array)?),
+            Self::Quantized([words, scales, biases]) => Self::Quantized([f(words)?, f(scales)?, f(biases)?]),
+        })
+    }
+
+    /// What `f` makes of each array and its counterpart in `other`.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if one of the two is quantized and the other is not, or the first error of `f`.
+    pub fn try_zip(&self, other: &Self, mut f: impl FnMut(&Array, &Array) -> Result<Array>) -> Result<Self> {
+        Ok(match (self, other) {
+            (Self::Dense(a), Self::Dense(b)) => Self::Dense(f(a, b)?),
+            (Self::Quantized(a), Self::Quantized(b)) => {
+                Self::Quantized([f(&a[0], &b[0])?, f(&a[1], &b[1])?, f(&a[2], &b[2])?])
+            }
+            _ => return Err(Error::value("rows", "both quantized, or neither", "one quantized, one not")),
+        })
+    }
+
+    /// Rows `from .. to` of axis 2.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if MLX fails.
+    pub fn rows(&self, from: usize, to: usize) -> Result<Self> {
+        self.try_map(|array| array.rows(from, to))
+    }
+
+    /// Rows of axis 2 (L).
+    pub fn len(&self) -> usize {
+        self.arrays()[0].dim(2)
+    }
+
+    /// True if there are no rows.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// This with `new` written over rows `from ..`, cast to this one's dtypes.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if the shapes do not fit.
+    pub fn with_rows(&self, new: &Self, from: usize) -> Result<Self> {
+        self.try_zip(new, |buffer, new| buffer.with_rows(new, from))
+    }
+
+    /// This followed by `rows` rows of zeros of `like`'s sizes and dtypes.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if the shapes do not fit.
+    pub fn padded(&self, rows: usize, like: &Self) -> Result<Self> {
+        self.try_zip(like, |buffer, like| Array::concatenate(&[buffer, &zero_rows(like, rows, like.dtype())?], 2))
+    }
+
+    /// `rows` rows of zeros of this one's sizes and dtypes.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if memory is short.
+    pub fn zeros_like(&self, rows: usize) -> Result<Self> {
+        self.try_map(|like| zero_rows(like, rows, like.dtype()))
+    }
 }
 
 /// The sizes on which an update agrees with its buffers.

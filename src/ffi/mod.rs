@@ -2,6 +2,7 @@
 
 mod array_handle;
 mod error_handler;
+mod rows;
 mod vector;
 
 /// Bindgen's output, as it comes.

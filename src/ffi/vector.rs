@@ -9,10 +9,10 @@ use std::sync::{Mutex, PoisonError};
 static EVALUATION: Mutex<()> = Mutex::new(());
 
 /// An owned `mlx_vector_array`; freed on drop.
-struct ArrayVector(raw::mlx_vector_array);
+pub(super) struct ArrayVector(raw::mlx_vector_array);
 
 impl ArrayVector {
-    fn new<'a>(op: &'static str, arrays: impl IntoIterator<Item = &'a ArrayHandle>) -> Result<Self> {
+    pub(super) fn new<'a>(op: &'static str, arrays: impl IntoIterator<Item = &'a ArrayHandle>) -> Result<Self> {
         error_handler::install();
         // SAFETY: mlx-c allocates an empty vector, which `vector` owns at once.
         let vector = Self(unsafe { raw::mlx_vector_array_new() });
@@ -21,6 +21,22 @@ impl ArrayVector {
             check(op, unsafe { raw::mlx_vector_array_append_value(vector.0, array.raw()) })?;
         }
         Ok(vector)
+    }
+
+    /// The name for mlx-c, valid while `self` lives.
+    pub(super) fn raw(&self) -> raw::mlx_vector_array {
+        self.0
+    }
+
+    /// The vector as an out-parameter, which mlx-c fills in place.
+    pub(super) fn as_out(&mut self) -> *mut raw::mlx_vector_array {
+        &raw mut self.0
+    }
+
+    /// A handle of the array at `index`.
+    pub(super) fn get(&self, op: &'static str, index: usize) -> Result<ArrayHandle> {
+        // SAFETY: a live vector; an index past the end is an error, not undefined.
+        ArrayHandle::produced(op, |out| unsafe { raw::mlx_vector_array_get(out, self.0, index) })
     }
 }
 
@@ -68,11 +84,8 @@ pub(crate) fn quantize(array: &ArrayHandle, group_size: i32, bits: i32) -> Resul
     // SAFETY: live operands, a static mode name; the empty handle is allowed for `global_scale`.
     check(op, unsafe {
         let (group_size, bits) = (some(group_size), some(bits));
-        raw::mlx_quantize(&raw mut vector.0, array.raw(), group_size, bits, c"affine".as_ptr(), no_scale, stream)
+        raw::mlx_quantize(vector.as_out(), array.raw(), group_size, bits, c"affine".as_ptr(), no_scale, stream)
     })?;
-    let get = |index| {
-        // SAFETY: MLX's affine mode gives three arrays; an index past the end is an error, not undefined.
-        ArrayHandle::produced(op, |out| unsafe { raw::mlx_vector_array_get(out, vector.0, index) })
-    };
-    Ok([get(0)?, get(1)?, get(2)?])
+    // MLX's affine mode gives three arrays.
+    Ok([vector.get(op, 0)?, vector.get(op, 1)?, vector.get(op, 2)?])
 }

@@ -1,11 +1,11 @@
 //! `ConcatenateKVCache`.
 
-use super::base::{PyCache, new_base};
+use super::attention::PyMaskingCache;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
 
 /// Exactly the rows, joined anew at each update. `ConcatenateKVCache()`
-#[pyclass(name = "ConcatenateKVCache", module = "mlxrs_py.cache", extends = PyCache, subclass, frozen)]
+#[pyclass(name = "ConcatenateKVCache", module = "mlxrs_py.cache", extends = PyMaskingCache, subclass, frozen)]
 pub(super) struct PyConcatenateKvCache;
 
 #[pymethods]
@@ -18,7 +18,7 @@ impl PyConcatenateKvCache {
         _args: &Bound<'_, PyTuple>,
         _kwargs: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<PyClassInitializer<Self>> {
-        Ok(PyClassInitializer::from(new_base(class, "ConcatenateKVCache")?).add_subclass(Self))
+        Ok(PyMaskingCache::new(class, "ConcatenateKVCache")?.add_subclass(Self))
     }
 
     #[pyo3(signature = ())]

@@ -1,6 +1,7 @@
 //! The smaller functions of the module.
 
-use super::base::{count, mask_to_python};
+use super::attention::mask_to_python;
+use super::base::count;
 use super::cache_to_python;
 use crate::cache::{CacheConfig, make_prompt_cache, mask};
 use pyo3::prelude::*;

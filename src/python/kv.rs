@@ -1,6 +1,7 @@
 //! `KVCache`.
 
-use super::base::{PyCache, count, new_base};
+use super::attention::PyMaskingCache;
+use super::base::{base, count};
 use super::quantized::PyQuantizedKvCache;
 use super::wrap;
 use crate::cache::Cache;
@@ -9,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
 
 /// Keys and values in buffers that grow by `step` rows. `KVCache()`
-#[pyclass(name = "KVCache", module = "mlxrs_py.cache", extends = PyCache, subclass, frozen)]
+#[pyclass(name = "KVCache", module = "mlxrs_py.cache", extends = PyMaskingCache, subclass, frozen)]
 pub(super) struct PyKvCache;
 
 #[pymethods]
@@ -22,7 +23,7 @@ impl PyKvCache {
         _args: &Bound<'_, PyTuple>,
         _kwargs: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<PyClassInitializer<Self>> {
-        Ok(PyClassInitializer::from(new_base(class, "KVCache")?).add_subclass(Self))
+        Ok(PyMaskingCache::new(class, "KVCache")?.add_subclass(Self))
     }
 
     #[pyo3(signature = ())]
@@ -34,7 +35,7 @@ impl PyKvCache {
     fn to_quantized<'py>(slf: &Bound<'py, Self>, group_size: i64, bits: i64) -> PyResult<Bound<'py, PyAny>> {
         let op = "to_quantized";
         let (group_size, bits) = (count(op, "group_size", group_size)?, count(op, "bits", bits)?);
-        let quantized = match &*slf.as_super().get().lock()? {
+        let quantized = match &*base(slf.as_any())?.lock()? {
             Cache::Standard(cache) => cache.to_quantized(group_size, bits)?,
             other => return Err(PyTypeError::new_err(format!("expected a KVCache, got {other:?}"))),
         };

@@ -6,6 +6,7 @@
 #[expect(unsafe_code, reason = "meets nanobind and CPython")]
 mod bridge;
 
+mod attention;
 mod base;
 mod concatenate;
 mod errors;
@@ -19,6 +20,7 @@ mod rotating;
 mod tree;
 
 use crate::cache::Cache;
+use attention::{PyAttentionCache, PyMaskingCache};
 use base::PyCache;
 use concatenate::PyConcatenateKvCache;
 use kv::PyKvCache;
@@ -43,6 +45,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(module)?;
     module.add("__version__", crate::VERSION)?;
     module.add_class::<PyCache>()?;
+    module.add_class::<PyAttentionCache>()?;
+    module.add_class::<PyMaskingCache>()?;
     module.add_class::<PyKvCache>()?;
     module.add_class::<PyRotatingKvCache>()?;
     module.add_class::<PyQuantizedKvCache>()?;
@@ -60,8 +64,11 @@ fn cache_to_python(py: Python<'_>, cache: Cache) -> PyResult<Bound<'_, PyAny>> {
     }
 }
 
-/// An object of the subclass `subclass` around `cache`.
-fn wrap<C: PyClass<BaseType = PyCache>>(py: Python<'_>, cache: Cache, subclass: C) -> PyResult<Bound<'_, PyAny>> {
-    let initializer = PyClassInitializer::from(PyCache::new(cache)).add_subclass(subclass);
-    Bound::new(py, initializer).map(Bound::into_any)
+/// An object of the class `subclass` around `cache`.
+fn wrap<C: PyClass<BaseType = PyMaskingCache>>(
+    py: Python<'_>,
+    cache: Cache,
+    subclass: C,
+) -> PyResult<Bound<'_, PyAny>> {
+    Bound::new(py, PyMaskingCache::around(cache).add_subclass(subclass)).map(Bound::into_any)
 }

@@ -119,7 +119,8 @@ impl Quantization {
             let got = cache.get_type().qualname()?;
             return Err(PyTypeError::new_err(format!("prefill: with kv_bits, expected a list of caches, got {got}")));
         }
-        crate::cache::QuantizedKvCache::new(
+        crate::cache::Scheme::new(
+            "prefill",
             count("prefill", "kv_group_size", self.group_size)?,
             count("prefill", "kv_bits", self.bits)?,
         )?;

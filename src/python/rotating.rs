@@ -1,6 +1,7 @@
 //! `RotatingKVCache`.
 
-use super::base::{PyCache, count, new_base};
+use super::attention::PyMaskingCache;
+use super::base::{base, count};
 use crate::cache::plan::Ring;
 use crate::cache::{Cache, RotatingKvCache};
 use pyo3::exceptions::{PyNotImplementedError, PyTypeError};
@@ -8,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
 
 /// The newest `max_size` tokens in a ring, behind the first `keep`. `RotatingKVCache(max_size, keep=0)`
-#[pyclass(name = "RotatingKVCache", module = "mlxrs_py.cache", extends = PyCache, subclass, frozen)]
+#[pyclass(name = "RotatingKVCache", module = "mlxrs_py.cache", extends = PyMaskingCache, subclass, frozen)]
 pub(super) struct PyRotatingKvCache;
 
 #[pymethods]
@@ -21,14 +22,14 @@ impl PyRotatingKvCache {
         _args: &Bound<'_, PyTuple>,
         _kwargs: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<PyClassInitializer<Self>> {
-        Ok(PyClassInitializer::from(new_base(class, "RotatingKVCache")?).add_subclass(Self))
+        Ok(PyMaskingCache::new(class, "RotatingKVCache")?.add_subclass(Self))
     }
 
     #[pyo3(signature = (max_size, keep = 0))]
     fn __init__(slf: &Bound<'_, Self>, max_size: i64, keep: i64) -> PyResult<()> {
         let op = "RotatingKVCache";
         let mut cache = RotatingKvCache::new(count(op, "max_size", max_size)?, count(op, "keep", keep)?)?;
-        let mut inner = slf.as_super().get().lock()?;
+        let mut inner = base(slf.as_any())?.lock()?;
         cache.step = inner.step();
         *inner = Cache::Rotating(cache);
         Ok(())
@@ -82,14 +83,14 @@ impl PyRotatingKvCache {
 }
 
 fn ring(slf: &Bound<'_, PyRotatingKvCache>) -> PyResult<Ring> {
-    match &*slf.as_super().get().lock()? {
+    match &*base(slf.as_any())?.lock()? {
         Cache::Rotating(cache) => Ok(*cache.ring()),
         other => Err(PyTypeError::new_err(format!("expected a RotatingKVCache, got {other:?}"))),
     }
 }
 
 fn set_ring(slf: &Bound<'_, PyRotatingKvCache>, ring: Ring) -> PyResult<()> {
-    if let Cache::Rotating(cache) = &mut *slf.as_super().get().lock()? {
+    if let Cache::Rotating(cache) = &mut *base(slf.as_any())?.lock()? {
         cache.set_ring(ring);
     }
     Ok(())

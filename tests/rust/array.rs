@@ -2,7 +2,7 @@
 
 use crate::mock::{rows_of, tokens_of};
 use mlxrs_py::array::{Array, Dtype, eval};
-use mlxrs_py::cache::{Cache, CacheConfig, KvCache, QuantizedKvCache, StandardKvCache, make_prompt_cache};
+use mlxrs_py::cache::{Cache, CacheConfig, KvCache, LayerCache, QuantizedKvCache, StandardKvCache, make_prompt_cache};
 use mlxrs_py::{Error, live_handles};
 use std::sync::Mutex;
 
@@ -84,10 +84,10 @@ fn no_handle_leaks_on_success_or_on_failure() {
         for n in [3, 1, 1, 1, 4, 1] {
             let rows = rows_of(&vec![1; n]);
             for cache in &mut caches {
-                cache.as_dyn_mut().update(&rows, &rows).unwrap();
+                cache.as_kv_mut().unwrap().update(&rows, &rows).unwrap();
                 let wrong = Array::zeros(&[1, 2, 1, 4], Dtype::F32).unwrap();
-                cache.as_dyn_mut().update(&wrong, &wrong).unwrap_err();
-                cache.as_dyn().make_mask(n, Some(2), true).unwrap();
+                cache.as_kv_mut().unwrap().update(&wrong, &wrong).unwrap_err();
+                cache.as_kv().unwrap().make_mask(n, Some(2), true).unwrap();
             }
         }
         let mut quantized = QuantizedKvCache::new(32, 4).unwrap();

@@ -3,7 +3,8 @@
 use crate::mock::{rows_of, tokens_of};
 use mlxrs_py::array::{Array, Dtype};
 use mlxrs_py::cache::{
-    Cache, ConcatenateKvCache, KvCache, KvTensor, MaskMode, QuantizedKvCache, RotatingKvCache, StandardKvCache,
+    Cache, ConcatenateKvCache, KvCache, KvTensor, LayerCache, MaskMode, QuantizedKvCache, RotatingKvCache,
+    StandardKvCache,
 };
 
 fn all() -> Vec<Cache> {
@@ -35,9 +36,9 @@ fn every_cache_names_its_class_and_counts_its_tokens() {
     for (mut cache, name) in all().into_iter().zip(names) {
         assert_eq!(cache.as_dyn().reference_class_name(), name);
         assert!(cache.as_dyn().is_empty() && cache.as_dyn().nbytes() == 0);
-        assert_eq!(feed(cache.as_dyn_mut(), 0..3), [0, 1, 2]);
-        assert_eq!(feed(cache.as_dyn_mut(), 3..4), [0, 1, 2, 3]);
-        assert_eq!((cache.as_dyn().offset(), cache.as_dyn().size()), (4, 4));
+        assert_eq!(feed(cache.as_kv_mut().unwrap(), 0..3), [0, 1, 2]);
+        assert_eq!(feed(cache.as_kv_mut().unwrap(), 3..4), [0, 1, 2, 3]);
+        assert_eq!((cache.as_kv().unwrap().offset(), cache.as_dyn().size()), (4, 4));
         assert!(!cache.as_dyn().is_empty());
     }
 }
@@ -51,28 +52,28 @@ fn an_update_that_does_not_fit_changes_nothing() {
         ([1, 1, 2, 4], [1, 1, 1, 4]),
     ];
     for mut cache in all() {
-        feed(cache.as_dyn_mut(), 0..3);
+        feed(cache.as_kv_mut().unwrap(), 0..3);
         let before = format!("{:?}", cache.as_dyn().state());
         for (keys, values) in wrong {
             let (keys, values) = (Array::zeros(&keys, Dtype::F32).unwrap(), Array::zeros(&values, Dtype::F32).unwrap());
-            cache.as_dyn_mut().update(&keys, &values).unwrap_err();
+            cache.as_kv_mut().unwrap().update(&keys, &values).unwrap_err();
             assert_eq!(format!("{:?}", cache.as_dyn().state()), before);
         }
         let flat = Array::zeros(&[1, 1, 4], Dtype::F32).unwrap();
-        cache.as_dyn_mut().update(&flat, &flat).unwrap_err();
-        assert_eq!(feed(cache.as_dyn_mut(), 3..5), [0, 1, 2, 3, 4]);
+        cache.as_kv_mut().unwrap().update(&flat, &flat).unwrap_err();
+        assert_eq!(feed(cache.as_kv_mut().unwrap(), 3..5), [0, 1, 2, 3, 4]);
     }
 }
 
 #[test]
 fn trimmed_tokens_do_not_come_back() {
     for mut cache in all() {
-        feed(cache.as_dyn_mut(), 0..6);
+        feed(cache.as_kv_mut().unwrap(), 0..6);
         assert_eq!(cache.as_dyn_mut().trim(2).unwrap(), 2);
-        assert_eq!(feed(cache.as_dyn_mut(), 9..10), [0, 1, 2, 3, 9]);
+        assert_eq!(feed(cache.as_kv_mut().unwrap(), 9..10), [0, 1, 2, 3, 9]);
         assert_eq!(cache.as_dyn_mut().trim(100).unwrap(), 5);
-        assert_eq!(cache.as_dyn().offset(), 0);
-        assert_eq!(feed(cache.as_dyn_mut(), 7..9), [7, 8]);
+        assert_eq!(cache.as_kv().unwrap().offset(), 0);
+        assert_eq!(feed(cache.as_kv_mut().unwrap(), 7..9), [7, 8]);
     }
 }
 
@@ -105,10 +106,10 @@ fn a_ring_returns_its_rows_as_mlx_lm_lays_them() {
 #[test]
 fn a_copy_is_independent() {
     for mut cache in all() {
-        feed(cache.as_dyn_mut(), 0..3);
+        feed(cache.as_kv_mut().unwrap(), 0..3);
         let mut copy = cache.as_dyn().copy();
-        assert_eq!(feed(copy.as_dyn_mut(), 7..8), [0, 1, 2, 7]);
-        assert_eq!(feed(cache.as_dyn_mut(), 3..4), [0, 1, 2, 3]);
+        assert_eq!(feed(copy.as_kv_mut().unwrap(), 7..8), [0, 1, 2, 7]);
+        assert_eq!(feed(cache.as_kv_mut().unwrap(), 3..4), [0, 1, 2, 3]);
     }
 }
 

@@ -60,7 +60,7 @@ fn all() -> Vec<Cache> {
 
 /// The bytes of the valid rows, or nothing for an empty cache.
 fn content(cache: &Cache) -> Vec<Vec<u8>> {
-    let Ok((keys, values)) = cache.as_dyn().keys_and_values() else { return Vec::new() };
+    let Ok((keys, values)) = cache.as_kv().unwrap().keys_and_values() else { return Vec::new() };
     [keys, values].iter().flat_map(KvTensor::arrays).map(|array| array.to_bytes().unwrap()).collect()
 }
 
@@ -84,10 +84,10 @@ fn every_cache_comes_back_in_both_formats_and_goes_on_alike() {
                 assert_eq!(a.as_dyn().reference_class_name(), b.as_dyn().reference_class_name());
                 assert_eq!((numbers(a), content(a)), (numbers(b), content(b)), "{format} {padded} {index}");
                 for _ in 0..3 {
-                    let first = a.as_dyn().offset() as i32;
+                    let first = a.as_kv().unwrap().offset() as i32;
                     if !matches!(a, Cache::Quantized(_)) {
-                        feed(a.as_dyn_mut(), first..first + 1);
-                        feed(b.as_dyn_mut(), first..first + 1);
+                        feed(a.as_kv_mut().unwrap(), first..first + 1);
+                        feed(b.as_kv_mut().unwrap(), first..first + 1);
                     }
                 }
                 assert_eq!(content(a), content(b), "{format} {padded} {index}");
@@ -104,9 +104,9 @@ fn a_trimmed_cache_writes_its_valid_rows_and_no_byte_of_the_others() {
     for format in FORMATS {
         for padded in [false, true].into_iter().filter(|&padded| !padded || format == Format::V032) {
             for mut cache in [Cache::Standard(StandardKvCache::default()), ring(2000, 4, &[])] {
-                feed(cache.as_dyn_mut(), 0..100);
+                feed(cache.as_kv_mut().unwrap(), 0..100);
                 let tokens = vec![secret; 900];
-                cache.as_dyn_mut().update(&rows_of(&tokens), &rows_of(&tokens)).unwrap();
+                cache.as_kv_mut().unwrap().update(&rows_of(&tokens), &rows_of(&tokens)).unwrap();
                 assert_eq!(cache.as_dyn_mut().trim(900).unwrap(), 900);
                 let n_bytes = save(&path, &[cache.clone()], &SaveOptions { padded, ..options(format) });
                 let valid = 2 * 100 * 16;

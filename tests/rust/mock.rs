@@ -43,7 +43,7 @@ impl Model for MockModel {
         let rows = tokens.astype(Dtype::F32)?.reshape(&[1, 1, -1, 1])?;
         let rows = Array::concatenate(&[&rows, &rows, &rows, &rows], 3)?;
         for cache in caches {
-            cache.as_dyn_mut().update(&rows, &rows)?;
+            cache.as_kv_mut()?.update(&rows, &rows)?;
             if self.fail_at == Some(self.windows.len() - 1) {
                 return Err(mlxrs_py::Error::value("forward", "no fault", "a fault"));
             }

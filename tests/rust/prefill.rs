@@ -20,7 +20,7 @@ fn every_layer_ends_at_the_length_of_the_prompt_whatever_the_step() {
         let mut caches = plain(2);
         let logits = prefill_full(&mut MockModel::new(5), &prompt(7), &mut caches, step).unwrap();
         assert_eq!(logits.shape(), [1, 1, 5]);
-        assert!(caches.iter().all(|cache| cache.as_dyn().offset() == 7), "step {step}");
+        assert!(caches.iter().all(|cache| cache.as_kv().unwrap().offset() == 7), "step {step}");
     }
 }
 
@@ -35,14 +35,14 @@ fn the_model_sees_chunks_of_all_but_the_last_token_and_then_that_token() {
 fn one_token_needs_one_forward() {
     let (mut model, mut caches) = (MockModel::new(5), plain(1));
     prefill_full(&mut model, &[9], &mut caches, 4).unwrap();
-    assert_eq!((model.windows.as_slice(), caches[0].as_dyn().offset()), (&[1][..], 1));
+    assert_eq!((model.windows.as_slice(), caches[0].as_kv().unwrap().offset()), (&[1][..], 1));
 }
 
 #[test]
 fn a_step_of_zero_counts_as_one() {
     let mut caches = plain(1);
     prefill_full(&mut MockModel::new(5), &prompt(3), &mut caches, 0).unwrap();
-    assert_eq!(caches[0].as_dyn().offset(), 3);
+    assert_eq!(caches[0].as_kv().unwrap().offset(), 3);
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn the_barrier_takes_the_stored_buffers_not_the_sliced_state() {
     }
     let cache = Cache::Rotating(cache);
     let buffers: usize = cache.as_dyn().buffers().iter().map(|buffer| buffer.n_bytes()).sum();
-    let (keys, values) = cache.as_dyn().keys_and_values().unwrap();
+    let (keys, values) = cache.as_kv().unwrap().keys_and_values().unwrap();
     let valid: usize = [keys, values].iter().flat_map(KvTensor::arrays).map(Array::n_bytes).sum();
     assert!(buffers > valid, "{buffers} > {valid}");
 }
@@ -152,7 +152,7 @@ fn a_fault_puts_every_cache_back_to_the_last_boundary() {
         let mut model = MockModel { fail_at: Some(fail_at), ..MockModel::new(5) };
         prefill_full(&mut model, &prompt(10), &mut caches, 3).unwrap_err();
         let boundary = [0, 3, 6, 9][fail_at];
-        assert!(caches.iter().all(|cache| cache.as_dyn().offset() == boundary), "{fail_at}: {caches:?}");
+        assert!(caches.iter().all(|cache| cache.as_kv().unwrap().offset() == boundary), "{fail_at}: {caches:?}");
 
         // Going on from there gives what an undisturbed run gives.
         let mut cold = plain(1);
@@ -161,7 +161,7 @@ fn a_fault_puts_every_cache_back_to_the_last_boundary() {
             prefill_full(&mut MockModel::new(5), &prompt(10)[boundary..], &mut caches, 3).unwrap();
             prefill_full(&mut MockModel::new(5), &prompt(10), &mut cold, 3).unwrap();
             for (a, b) in caches.iter().zip(&cold) {
-                let rows = |cache: &Cache| match cache.as_dyn().keys_and_values().unwrap().0 {
+                let rows = |cache: &Cache| match cache.as_kv().unwrap().keys_and_values().unwrap().0 {
                     KvTensor::Dense(keys) => tokens_of(&keys),
                     KvTensor::Quantized(_) => Vec::new(),
                 };

@@ -35,7 +35,7 @@ fn caches_are_fresh_for_every_prompt() {
         assert_eq!(info.tokens_processed, prompt.len());
         assert_eq!(info.n_bytes, fs::metadata(&info.file).unwrap().len());
         let (caches, _) = load_prompt_cache(&folder.path().join(name)).unwrap();
-        assert!(caches.len() == 2 && caches.iter().all(|cache| cache.as_dyn().offset() == prompt.len()));
+        assert!(caches.len() == 2 && caches.iter().all(|cache| cache.as_kv().unwrap().offset() == prompt.len()));
     }
 }
 
@@ -47,7 +47,7 @@ fn a_sliding_window_gives_rotating_caches_that_a_load_names_so() {
     let (caches, _) = load_prompt_cache(&info.file).unwrap();
     assert_eq!(caches.len(), 3);
     for cache in &caches {
-        let cache = cache.as_dyn();
+        let cache = cache.as_kv().unwrap();
         let seen = (cache.reference_class_name(), cache.max_size(), cache.offset());
         assert_eq!(seen, ("RotatingKVCache", Some(4), 6));
     }
@@ -87,7 +87,7 @@ fn a_failed_save_leaves_the_old_file_and_no_other() {
     assert_eq!(fs::read(&info.file).unwrap(), before);
     assert_eq!(entries(folder.path()), 1);
     let (caches, metadata) = load_prompt_cache(&info.file).unwrap();
-    assert_eq!((caches[0].as_dyn().offset(), metadata["version"].as_str()), (3, "old"));
+    assert_eq!((caches[0].as_kv().unwrap().offset(), metadata["version"].as_str()), (3, "old"));
 }
 
 #[test]

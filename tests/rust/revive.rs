@@ -16,9 +16,9 @@ pub fn revive(file: &[u8], folder: &Path) {
         for n_tokens in [1, 3] {
             update(cache, n_tokens);
         }
-        let before = cache.as_dyn().offset();
+        let before = cache.as_kv().unwrap().offset();
         match cache.as_dyn_mut().trim(2) {
-            Ok(n) => assert_eq!(cache.as_dyn().offset() + n, before),
+            Ok(n) => assert_eq!(cache.as_kv().unwrap().offset() + n, before),
             Err(_) => assert!(!cache.as_dyn().is_trimmable()),
         }
     }
@@ -26,13 +26,14 @@ pub fn revive(file: &[u8], folder: &Path) {
     let saved =
         save_prompt_cache(&folder.join("again"), &caches, &[].into(), &options).expect("what lives can be saved");
     let (loaded, _) = load_prompt_cache(&saved.path).expect("what is saved can be loaded");
-    let offsets = |caches: &[Cache]| caches.iter().map(|cache| cache.as_dyn().offset()).collect::<Vec<_>>();
+    let offsets = |caches: &[Cache]| caches.iter().map(|cache| cache.as_kv().unwrap().offset()).collect::<Vec<_>>();
     assert_eq!(offsets(&loaded), offsets(&caches));
 }
 
 /// Adds zeros of the shape that the cache holds, or of any if it is empty.
 fn update(cache: &mut Cache, n_tokens: i32) {
-    let group_size = if let Cache::Quantized(cache) = &*cache { Some(cache.group_size() as i32) } else { None };
+    let group_size =
+        if let Cache::Quantized(cache) = &*cache { Some(cache.scheme().group_size() as i32) } else { None };
     let zeros = |tensor: Option<KvTensor>| {
         let (shape, dtype) = match &tensor {
             None => ([1, 1, 1, group_size.unwrap_or(4)], Dtype::F32),
@@ -44,11 +45,11 @@ fn update(cache: &mut Cache, n_tokens: i32) {
         };
         Array::zeros(&[shape[0], shape[1], n_tokens, shape[3]], dtype).expect("zeros")
     };
-    let (keys, values) = (zeros(cache.as_dyn().keys()), zeros(cache.as_dyn().values()));
-    let before = cache.as_dyn().offset();
-    match cache.as_dyn_mut().update(&keys, &values) {
-        Ok(_) => assert_eq!(cache.as_dyn().offset(), before + n_tokens as usize),
+    let (keys, values) = (zeros(cache.as_kv().unwrap().keys()), zeros(cache.as_kv().unwrap().values()));
+    let before = cache.as_kv().unwrap().offset();
+    match cache.as_kv_mut().unwrap().update(&keys, &values) {
+        Ok(_) => assert_eq!(cache.as_kv().unwrap().offset(), before + n_tokens as usize),
         // Offsets are counted in int32: at the very end there is no room.
-        Err(error) => assert_eq!(cache.as_dyn().offset(), before, "{error}"),
+        Err(error) => assert_eq!(cache.as_kv().unwrap().offset(), before, "{error}"),
     }
 }

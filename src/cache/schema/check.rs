@@ -2,7 +2,7 @@
 
 use super::{Class, Described, Fault, Kind, MAX_DEPTH, Rule, count};
 use crate::array::Dtype;
-use crate::cache::quantized::{BITS, GROUP_SIZES};
+use crate::cache::scheme::{BITS, GROUP_SIZES};
 use crate::cache::state::{CacheState, State};
 
 /// Largest offset: MLX counts positions in int32.
