@@ -19,6 +19,7 @@ import mlx.core  # noqa: E402, F401
 from mlxrs_py import cache  # noqa: E402
 from mlxrs_py._core import CacheFormatError, MlxError, MlxrsError, __version__, build_info  # noqa: E402
 from mlxrs_py.cache import CacheConfig  # noqa: E402
+from mlxrs_py.install import install, uninstall  # noqa: E402
 from mlxrs_py.prefill import prefill  # noqa: E402
 from mlxrs_py.prompt import PromptInfo, cache_prompt, cache_prompt_ids  # noqa: E402
 
@@ -33,5 +34,7 @@ __all__ = [
     "cache",
     "cache_prompt",
     "cache_prompt_ids",
+    "install",
     "prefill",
+    "uninstall",
 ]

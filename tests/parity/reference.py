@@ -8,10 +8,11 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm import load, stream_generate
 from mlx_lm.generate import generate_step
-from mlx_lm.models import cache, llama
+from mlx_lm.models import base, cache, llama
 from mlx_lm.models.base import create_attention_mask
 
 __all__ = [
+    "base",
     "cache",
     "create_attention_mask",
     "generate_step",

@@ -43,7 +43,7 @@ def saved(tmp_path):
 def test_help_names_every_command():
     result = run("--help")
     assert result.returncode == 0
-    for command in ("cache-prompt", "generate", "inspect", "default-model"):
+    for command in ("cache-prompt", "generate", "inspect", "run", "default-model"):
         assert re.search(rf"^  {command} +\w+", result.stdout, re.MULTILINE)
         assert run(command, "--help").returncode == 0
 

@@ -29,7 +29,7 @@ def test_the_python_examples_run(code, tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "tokens" in result.stdout
+    assert result.stdout.strip()
 
 
 @pytest.mark.real_model

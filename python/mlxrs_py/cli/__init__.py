@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = _parser().parse_args(argv)
             debug = arguments.debug
             with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
+                if not debug:
+                    warnings.showwarning = _show_warning
                 return arguments.run(arguments)
         finally:
             # Here a reader that has gone raises what is handled below; at the interpreter's exit it would be noise.
@@ -77,7 +78,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def _parser() -> argparse.ArgumentParser:
     from mlxrs_py._core import __version__
-    from mlxrs_py.cli import cache_prompt, default_model, generate, inspect
+    from mlxrs_py.cli import cache_prompt, default_model, generate, inspect, run
 
     parser = argparse.ArgumentParser(
         prog="mlxrs-py",
@@ -89,6 +90,6 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (cache_prompt, generate, inspect, default_model):
+    for command in (cache_prompt, generate, inspect, run, default_model):
         command.add(commands, common)
     return parser

@@ -1,0 +1,143 @@
+"""One line to switch: mlx-lm then runs on the caches of this package.
+
+mlx-lm reaches its caches by name, in ``mlx_lm.models.cache`` and in the modules that imported from there. Those names
+are set to ours; nothing else of mlx-lm holds its classes (a test looks for whatever does).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Self
+
+from mlxrs_py import cache
+
+__all__ = ["CLASSES", "FUNCTIONS", "Installation", "install", "uninstall"]
+
+#: The mlx-lm whose modules were read and tested; what another one does with a cache is unknown.
+_TESTED = "0.32.2"
+_CACHE_MODULE = "mlx_lm.models.cache"
+
+#: What is swapped. Not there: ``_BaseCache`` and ``dynamic_roll``, which only mlx-lm's own classes use.
+CLASSES = (
+    "ArraysCache",
+    "BatchKVCache",
+    "BatchRotatingKVCache",
+    "CacheList",
+    "ChunkedKVCache",
+    "ConcatenateKVCache",
+    "KVCache",
+    "LRUPromptCache",
+    "PromptTrie",
+    "PromptTrieResult",
+    "QuantizedKVCache",
+    "RotatingKVCache",
+    "TokenBuffer",
+)
+FUNCTIONS = (
+    "can_trim_prompt_cache",
+    "create_attention_mask",
+    "create_causal_mask",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "save_prompt_cache",
+    "trim_prompt_cache",
+)
+
+_lock = threading.RLock()
+#: mlx-lm's objects and ours that stand for them; empty while nothing is installed.
+_swapped: list[tuple[Any, Any]] = []
+_installs = 0
+#: Counts the uninstalls: a block that one of them overtook has nothing left to undo.
+_epoch = 0
+
+
+class Installation:
+    """What :func:`install` gives. As a context manager it takes this one call back at the end of the block."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch: int | None = epoch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _installs
+        with _lock:
+            if self._epoch == _epoch:
+                _installs -= 1
+                if not _installs:
+                    uninstall()
+            self._epoch = None
+
+
+def install(*, any_version: bool = False) -> Installation:
+    """Let mlx-lm use our classes and functions from now on, in what it has imported and in what it will import.
+
+    Call it before your own ``from mlx_lm.models.cache import …`` and before caches are made: modules outside of mlx-lm
+    keep what they imported, and a cache keeps its class. Calling it again changes nothing. Any thread may call it.
+
+    Args:
+        any_version: Take an mlx-lm that this package was not tested with, too.
+
+    Returns:
+        A context manager: ``with mlxrs_py.install():`` ends with the block, unless another call still holds. It may
+        be dropped; :func:`uninstall` then ends it.
+
+    Raises:
+        ImportError: If mlx-lm is absent, or of a version that was not tested.
+
+    """
+    global _installs
+    # Outside the lock: an import takes locks of its own.
+    version, theirs = _import_mlx_lm()
+    if version != _TESTED and not any_version:
+        raise ImportError(
+            f"mlxrs_py.install is tested with mlx-lm {_TESTED}, but mlx-lm {version} is installed: "
+            f"pip install mlx-lm=={_TESTED}, or mlxrs_py.install(any_version=True)",
+            name="mlx_lm",
+        )
+    with _lock:
+        if not _swapped:
+            names = (name for name in (*CLASSES, *FUNCTIONS) if hasattr(theirs, name) and hasattr(cache, name))
+            _swapped.extend((getattr(theirs, name), getattr(cache, name)) for name in names)
+            _replace(_swapped)
+        _installs += 1
+        return Installation(_epoch)
+
+
+def uninstall() -> None:
+    """Give mlx-lm its own classes and functions back, also in modules that it imported meanwhile.
+
+    However often :func:`install` was called, once is enough; if it was not, nothing happens.
+    """
+    global _installs, _epoch
+    with _lock:
+        _replace([(ours, theirs) for theirs, ours in _swapped])
+        _swapped.clear()
+        _installs = 0
+        _epoch += 1
+
+
+def _import_mlx_lm() -> tuple[str, ModuleType]:
+    try:
+        version = import_module("mlx_lm").__version__
+    except ModuleNotFoundError as error:
+        if error.name != "mlx_lm":
+            raise
+        raise ImportError(f"mlxrs_py.install needs mlx-lm: pip install mlx-lm=={_TESTED}", name="mlx_lm") from error
+    return version, import_module(_CACHE_MODULE)
+
+
+def _replace(pairs: list[tuple[Any, Any]]) -> None:
+    """Set every name in a module of mlx-lm that means the first of a pair to the second."""
+    new_of = {id(old): new for old, new in pairs}
+    # The module that the others import from comes first, so that one that is being imported finds what is new.
+    names = [_CACHE_MODULE, *sys.modules]
+    for module in [sys.modules.get(name) for name in names if name.partition(".")[0] == "mlx_lm"]:
+        if isinstance(module, ModuleType):
+            for name, value in list(vars(module).items()):
+                if id(value) in new_of:
+                    setattr(module, name, new_of[id(value)])
