@@ -22,9 +22,9 @@ def counting(method: Any, count: Any) -> Any:
 
 
 @contextlib.contextmanager
-def calls(classes: Iterable[type]) -> Iterator[Counter[type]]:
-    """Count the calls of public methods, by class."""
-    counts: Counter[type] = Counter()
+def calls(classes: Iterable[type]) -> Iterator[Counter[tuple[type, str]]]:
+    """Count the calls of public methods, by class and name."""
+    counts: Counter[tuple[type, str]] = Counter()
     undo = []
     try:
         for cls in classes:
@@ -33,8 +33,16 @@ def calls(classes: Iterable[type]) -> Iterator[Counter[type]]:
                 if name.startswith("_") or not isinstance(method, (*METHODS, *CLASS_METHODS)):
                     continue
                 undo.append((cls, name, vars(cls).get(name)))
-                setattr(cls, name, counting(method, functools.partial(counts.update, [cls])))
+                setattr(cls, name, counting(method, functools.partial(counts.update, [(cls, name)])))
         yield counts
     finally:
         for cls, name, method in reversed(undo):
             delattr(cls, name) if method is None else setattr(cls, name, method)
+
+
+def by_class(counts: Counter[tuple[type, str]]) -> dict[str, int]:
+    """Sum up all methods, by the class's name; with its module, for mlx-lm's are named alike."""
+    sums: Counter[str] = Counter()
+    for (cls, _), n in counts.items():
+        sums[f"{cls.__module__}.{cls.__name__}"] += n
+    return dict(sums)

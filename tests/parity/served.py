@@ -1,0 +1,92 @@
+"""``mlx_lm.server`` as a process, with our caches or mlx-lm's, and a count of whose ran."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+#: Counts calls while the command line runs, and prints them when Ctrl-C has ended it. Then no destructor runs: those of
+#: MLX's threads may abort the process, mlx-lm's too.
+OURS = """
+import json, os, sys
+from mlx_lm.models import cache as theirs
+from mlxrs_py import cache as ours
+from mlxrs_py.cli import main
+from mlxrs_py.install import CLASSES
+from parity.spy import by_class, calls
+
+names = [name for name in (*CLASSES, "BatchQuantizedKVCache") if hasattr(ours, name)]
+classes = [getattr(module, name) for module in (ours, theirs) for name in names if hasattr(module, name)]
+with calls(classes) as counts:
+    code = main(["run", "mlx_lm.server", *sys.argv[1:]])
+print(json.dumps(by_class(counts)), flush=True)
+os._exit(code)
+"""
+THEIRS = """
+import os, sys
+from mlx_lm.server import main
+
+main()
+print("{}", flush=True)
+os._exit(0)
+"""
+
+
+class Server:
+    """Requests to a server that runs; ``counts`` is there when it has ended."""
+
+    def __init__(self, port: int) -> None:
+        self.address = f"http://127.0.0.1:{port}"
+        self.counts: dict[str, int] = {}
+
+    def is_up(self) -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/health", timeout=5):
+            return True
+        return False
+
+    def complete(self, prompt: str, **options: Any) -> tuple[str, int]:
+        """Give the text, streamed or not, and how many tokens of the prompt were cached."""
+        body = {"prompt": prompt, "max_tokens": 6, "stream_options": {"include_usage": True}, **options}
+        request = urllib.request.Request(f"{self.address}/v1/completions", json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=280) as response:
+            lines = response.read().decode().splitlines()
+        if options.get("stream"):
+            lines = [line.removeprefix("data: ") for line in lines if line.startswith("data: {")]
+            assert len(lines) > 2
+        parts = [json.loads(line) for line in lines]
+        text = "".join(choice["text"] for part in parts for choice in part["choices"])
+        return text, parts[-1]["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+@contextlib.contextmanager
+def serve(code: str, *arguments: str) -> Iterator[Server]:
+    """Run the server on a free port until the end of the block."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", code, *arguments, "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    server = Server(port)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while not server.is_up():
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.1)
+            yield server
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors
+    server.counts = json.loads(output.splitlines()[-1])
