@@ -74,10 +74,15 @@ impl Array {
         self.0.is_scheduled()
     }
 
-    /// This array if it [is scheduled](Self::is_scheduled); else what its chain of updates began with, if that is.
+    /// This array if it [is scheduled](Self::is_scheduled); else what its chain of updates began with, if that is and
+    /// differs in its number of rows only: whoever assigns a buffer may have made it from anything.
     #[must_use]
     pub fn before_unscheduled_updates(&self) -> Self {
-        self.0.scheduled_ancestor().map_or_else(|| self.clone(), Self)
+        let differs_in_rows_only = |other: &Self| {
+            let (ours, theirs) = (self.shape(), other.shape());
+            ours.len() == theirs.len() && ours.iter().zip(theirs).enumerate().all(|(axis, (a, b))| axis == 2 || a == b)
+        };
+        self.0.scheduled_ancestor().map(Self).filter(differs_in_rows_only).unwrap_or_else(|| self.clone())
     }
 
     /// Length of `axis`, or 0 if there is none.

@@ -15,15 +15,12 @@ import mlxrs_py.cache as ours
 
 from .reference import cache as theirs
 from .reference import tiny_llama
+from .stops import Stop, lines_until
 from .twins import leaves
 
 STEP = 4
 TOKENS, QUESTION = list(range(1, 23)), [30, 31, 32]
 BOUNDARIES = [0, 4, 8, 12, 16, 20, 21, 22]
-
-
-class Stop(BaseException):
-    """Not even an Exception."""
 
 
 class Hooked(nn.Module):
@@ -185,34 +182,15 @@ def test_exceptions_at_random_layers(kind):
 def test_exceptions_at_random_lines_of_mlx_lms_caches(kind):
     """As a signal would, but at chosen places: between any two lines of an update."""
     case, rng = Case(kind), random.Random(6)
-    file = theirs.__file__
 
-    def lines_until(limit, caches):
-        seen = 0
+    def lines(limit, caches):
+        return lines_until(limit, theirs.__file__, lambda: case.run(caches, TOKENS), ignore=("state", "make_mask"))
 
-        def trace(frame, event, argument):
-            nonlocal seen
-            if frame.f_code.co_filename != file:
-                return None
-            if event == "line" and frame.f_code.co_name not in ("state", "make_mask"):
-                seen += 1
-                if seen == limit:
-                    raise Stop
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            case.run(caches, TOKENS)
-        finally:
-            sys.settrace(before)
-        return seen
-
-    n_lines = lines_until(0, case.fresh())
+    n_lines = lines(0, case.fresh())
     for _ in range(60):
         caches = case.fresh()
         with pytest.raises(Stop):
-            lines_until(rng.randint(1, n_lines), caches)
+            lines(rng.randint(1, n_lines), caches)
         case.check(caches)
 
 

@@ -1,14 +1,18 @@
 """Models of every shape of caches, tiny and random: the same logits on our caches as on mlx-lm's, bit for bit."""
 
 import copy
+import random
 
 import mlx.core as mx
 import pytest
 
+import mlxrs_py
 import mlxrs_py.cache as ours
 
 from . import tiny_models
 from .reference import cache as theirs
+from .reference import model_module
+from .stops import Stop, lines_until
 from .tiny_models import leaf_caches
 from .twins import leaves
 
@@ -84,3 +88,26 @@ def negative(entry):
     if isinstance(entry, list):
         return [negative(e) for e in entry]
     return -entry if isinstance(entry, mx.array) else entry
+
+
+@every_shape
+def test_a_prefill_stopped_inside_a_model_goes_on_from_the_end_of_a_window(name):
+    model, rng, done = tiny_models.make(name), random.Random(name), [0]
+    file = model_module(name).__file__
+
+    def go_on(caches, tokens):
+        """Run the rest of the prompt, and then once more all of it; give the logits and what is held."""
+        logits = [mlxrs_py.prefill(model, t, caches, step_size=16) for t in (tokens, PROMPT) if t]
+        return leaves(logits), [leaves(c.state) for c in caches]
+
+    def prefill(caches):
+        mlxrs_py.prefill(model, PROMPT, caches, step_size=16, progress=lambda n, _: done.__setitem__(0, n))
+
+    expected = go_on(ours.make_prompt_cache(model), PROMPT)
+    caches = ours.make_prompt_cache(model)
+    n_lines = lines_until(0, file, lambda: prefill(caches))
+    for _ in range(6):
+        caches = ours.make_prompt_cache(model)
+        with pytest.raises(Stop):
+            lines_until(rng.randint(1, n_lines), file, lambda caches=caches: prefill(caches))
+        assert go_on(caches, PROMPT[done[0] :]) == expected

@@ -75,6 +75,19 @@ fn a_slice_of_a_buffer_is_read_without_a_copy() {
 }
 
 #[test]
+fn updates_begin_with_an_array_that_differs_in_its_number_of_rows_only() {
+    let zeros = |n_rows| Array::zeros(&[1, 1, n_rows, 2], Dtype::F32).unwrap();
+    let buffer = zeros(4);
+    eval("test", [&buffer]).unwrap();
+    let updated = buffer.with_rows(&zeros(1), 2).unwrap();
+    let grown = Array::concatenate(&[&updated, &zeros(4)], 2).unwrap();
+    assert!(grown.before_unscheduled_updates().is_same(&buffer));
+    // Zeros are a scalar, repeated.
+    let fresh = zeros(4);
+    assert!(fresh.before_unscheduled_updates().is_same(&fresh));
+}
+
+#[test]
 fn no_handle_leaks_on_success_or_on_failure() {
     let _alone = COUNTING.lock();
     let work = || {
