@@ -7,11 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import batch_generate, generate, load, stream_generate
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import base, cache, llama
 from mlx_lm.models.base import create_attention_mask
 
 __all__ = [
+    "BatchGenerator",
     "base",
     "batch_generate",
     "cache",

@@ -10,16 +10,16 @@ import mlxrs_py
 import mlxrs_py.cache as ours
 
 from . import tiny_models
-from .reference import cache as theirs
-from .reference import model_module
+from .reference import cache, model_module
+from .spy import calls
 from .stops import Stop, lines_until
-from .tiny_models import leaf_caches
+from .tiny_models import leaf_caches, tokens
 from .twins import leaves
 
 pytestmark = pytest.mark.usefixtures("without_compiling")
 every_shape = pytest.mark.parametrize("name", tiny_models.SHAPES)
 
-PROMPT = tiny_models.tokens(50)
+PROMPT = tokens(50)
 CHUNKS = [PROMPT[:16], PROMPT[16:32], PROMPT[32:49], PROMPT[49:]]
 N_STEPS = 20
 
@@ -34,14 +34,14 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def __call__(self, tokens, cache):
+    def __call__(self, inputs, cache):
         before = [leaves(c.state) for c in leaf_caches(cache)]
-        logits = self.model(tokens, cache=cache)
+        logits = self.model(inputs, cache=cache)
         after = [leaves(c.state) for c in leaf_caches(cache)]
         assert all(old != new for old, new in zip(before, after, strict=True))
         self.logits.append(leaves([logits]))
         self.states.append([leaves(c.state) for c in cache])
-        self.classes.update(map(type, leaf_caches(cache)))
+        self.classes.update(map(type, [*cache, *leaf_caches(cache)]))
         return logits
 
 
@@ -53,21 +53,32 @@ def run(model, caches):
     return mx.concatenate(windows, axis=1)[0]
 
 
-@every_shape
-def test_logits_and_states_of_every_window_are_those_with_mlx_lms_caches(name):
-    mine, other = Watched(name), Watched(name)
-    run(mine, ours.make_prompt_cache(mine))
-    run(other, theirs.make_prompt_cache(other))
-    assert len(mine.logits) == len(CHUNKS) + N_STEPS
+def on_both(name, use):
+    """Use a model on mlx-lm's caches, and its twin while ours are installed: logits and caches must be the same."""
+    other = Watched(name)
+    result = use(other)
+    with mlxrs_py.install(), calls({c for c in other.classes if hasattr(ours, c.__name__)}) as of_theirs:
+        mine = Watched(name)
+        assert use(mine) == result
+    assert not of_theirs
+    assert mine.classes == {getattr(ours, c.__name__, c) for c in other.classes}
+    assert len(mine.logits) == len(mine.states) == len(other.states) > N_STEPS
     assert mine.logits == other.logits
     assert mine.states == other.states
-    assert mine.classes == {getattr(ours, c.__name__, c) for c in other.classes}
+
+
+@every_shape
+def test_logits_and_states_of_every_window_are_those_with_mlx_lms_caches(name):
+    def use(model):
+        return leaves([run(model, cache.make_prompt_cache(model))])
+
+    on_both(name, use)
 
 
 @every_shape
 def test_a_tiny_model_says_something_and_depends_on_all_of_its_caches(name):
     model = tiny_models.make(name)
-    caches = theirs.make_prompt_cache(model)
+    caches = cache.make_prompt_cache(model)
     logits = run(model, caches)
     assert mx.isfinite(logits).all().item()
     assert min(logits.std(axis=axis).min().item() for axis in (0, 1)) > 0.1
@@ -78,8 +89,8 @@ def test_a_tiny_model_says_something_and_depends_on_all_of_its_caches(name):
     said = say(copy.deepcopy(caches))
     for i in range(len(leaf_caches(caches))):
         disturbed = copy.deepcopy(caches)
-        cache = leaf_caches(disturbed)[i]
-        cache.state = [negative(entry) for entry in cache.state]
+        leaf = leaf_caches(disturbed)[i]
+        leaf.state = [negative(entry) for entry in leaf.state]
         assert say(disturbed) != said
 
 
@@ -95,9 +106,9 @@ def test_a_prefill_stopped_inside_a_model_goes_on_from_the_end_of_a_window(name)
     model, rng, done = tiny_models.make(name), random.Random(name), [0]
     file = model_module(name).__file__
 
-    def go_on(caches, tokens):
+    def go_on(caches, rest):
         """Run the rest of the prompt, and then once more all of it; give the logits and what is held."""
-        logits = [mlxrs_py.prefill(model, t, caches, step_size=16) for t in (tokens, PROMPT) if t]
+        logits = [mlxrs_py.prefill(model, t, caches, step_size=16) for t in (rest, PROMPT) if t]
         return leaves(logits), [leaves(c.state) for c in caches]
 
     def prefill(caches):
