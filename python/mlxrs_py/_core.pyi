@@ -22,6 +22,7 @@ __all__ = [
     "MlxError",
     "MlxrsError",
     "QuantizedKVCache",
+    "QuantizedRotatingKVCache",
     "RotatingKVCache",
     "__version__",
     "_live_handles",
@@ -159,8 +160,8 @@ class RotatingKVCache(MaskingCache):
         """Row after the last one written."""
     @_idx.setter
     def _idx(self, value: int) -> None: ...
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
-        """Raise NotImplementedError, as mlx-lm does."""
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedRotatingKVCache:
+        """Give the same tokens in a QuantizedRotatingKVCache. ValueError for sizes that MLX does not support."""
 
 class QuantizedKVCache(MaskingCache):
     """A KVCache whose rows are affine-quantized once, when they come.
@@ -181,6 +182,31 @@ class QuantizedKVCache(MaskingCache):
         """Bits per element."""
     @bits.setter
     def bits(self, value: int) -> None: ...
+
+class QuantizedRotatingKVCache(MaskingCache):
+    """A RotatingKVCache whose rows are affine-quantized once, when they come; mlx-lm has none.
+
+    Keys and values are triples, as in QuantizedKVCache. Models with attention sinks (gpt_oss) cannot use it: mlx-lm's
+    quantized attention raises ValueError for them.
+    """
+
+    def __init__(self, max_size: int, keep: int = 0, group_size: int = 64, bits: int = 8) -> None:
+        """Make an empty ring. ValueError as for RotatingKVCache and QuantizedKVCache."""
+    @property
+    def max_size(self) -> int:
+        """Rows that the ring holds once full."""
+    @property
+    def keep(self) -> int:
+        """First rows that are never overwritten."""
+    @property
+    def _idx(self) -> int:
+        """Row after the last one written."""
+    @property
+    def group_size(self) -> int:
+        """Elements that share a scale and a bias."""
+    @property
+    def bits(self) -> int:
+        """Bits per element."""
 
 class ConcatenateKVCache(MaskingCache):
     """Exactly the rows, joined anew at each update."""

@@ -52,7 +52,7 @@ def prefill(
 
     Raises:
         ValueError: For an empty prompt, or tokens and embeddings that do not fit.
-        NotImplementedError: If ``kv_bits`` would meet a rotating cache.
+        NotImplementedError: If ``kv_bits`` would meet a rotating cache of mlx-lm's.
         MlxError: If MLX fails, or in a forked child.
 
     """

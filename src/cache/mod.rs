@@ -116,7 +116,8 @@ impl Cache {
     pub fn of_class(name: &str) -> Option<Self> {
         Some(match name {
             "KVCache" => Self::Standard(StandardKvCache::default()),
-            "RotatingKVCache" => Self::Rotating(RotatingKvCache::unset()),
+            "RotatingKVCache" => Self::Rotating(RotatingKvCache::unset(None)),
+            "QuantizedRotatingKVCache" => Self::Rotating(RotatingKvCache::unset(Some(Scheme::default()))),
             "QuantizedKVCache" => Self::Quantized(QuantizedKvCache::default()),
             "ConcatenateKVCache" => Self::Concatenate(ConcatenateKvCache::default()),
             _ => return None,

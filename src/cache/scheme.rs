@@ -1,5 +1,6 @@
 //! How keys and values are quantized.
 
+use super::KvTensor;
 use crate::array::Array;
 use crate::error::{Error, Result};
 
@@ -59,5 +60,10 @@ impl Scheme {
             }
         }
         Ok(())
+    }
+
+    /// `array`, quantized along its last axis.
+    pub(super) fn quantize(&self, array: &Array) -> Result<KvTensor> {
+        array.quantize(self.group_size, self.bits).map(KvTensor::Quantized)
     }
 }

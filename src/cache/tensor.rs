@@ -1,6 +1,7 @@
 //! What an update hands back, and the checks that every update makes before it changes anything.
 
 use super::schema::MAX_OFFSET;
+use super::state::State;
 use crate::array::{Array, Dtype};
 use crate::error::{Error, Result};
 
@@ -20,6 +21,61 @@ impl KvTensor {
             Self::Dense(array) => std::slice::from_ref(array),
             Self::Quantized(arrays) => arrays,
         }
+    }
+
+    /// The arrays, to change them.
+    pub(super) fn arrays_mut(&mut self) -> &mut [Array] {
+        match self {
+            Self::Dense(array) => std::slice::from_mut(array),
+            Self::Quantized(arrays) => arrays,
+        }
+    }
+
+    /// A buffer as a state has it.
+    pub(super) fn to_state(rows: Option<&Self>) -> State<Array> {
+        match rows {
+            None => State::None,
+            Some(Self::Dense(array)) => State::Array(array.clone()),
+            Some(Self::Quantized(arrays)) => State::List(arrays.iter().cloned().map(State::Array).collect()),
+        }
+    }
+
+    /// A buffer of a checked state.
+    pub(super) fn from_state(field: State<Array>) -> Option<Self> {
+        match field {
+            State::Array(array) => Some(Self::Dense(array)),
+            State::List(items) => {
+                let arrays: Vec<_> = items.into_iter().filter_map(super::array_field).collect();
+                arrays.try_into().ok().map(Self::Quantized)
+            }
+            _ => None,
+        }
+    }
+
+    /// A buffer that is being assigned to a cache whose rows are quantized, or not.
+    pub(super) fn assigned(op: &'static str, rows: Option<Self>, quantized: bool) -> Result<Option<Self>> {
+        let Some(rows) = rows else { return Ok(None) };
+        let all_four = rows.arrays().iter().all(|array| array.shape().len() == 4);
+        if all_four && matches!(rows, Self::Quantized(_)) == quantized {
+            return Ok(Some(rows));
+        }
+        let expected = if quantized {
+            "packed words, scales and biases, each (B, H, L, n)"
+        } else {
+            "an array (B, H, L, D), not quantized"
+        };
+        Err(Error::value(op, expected, format!("{:?}", rows.arrays())))
+    }
+
+    /// Checks that the last axes of `new` are those of this buffer.
+    pub(super) fn check_widths(&self, op: &'static str, new: &Self) -> Result<()> {
+        for (buffer, new) in self.arrays().iter().zip(new.arrays()) {
+            if buffer.shape().last() != new.shape().last() {
+                let expected = format!("a head size that fits the cache's {:?}", buffer.shape());
+                return Err(Error::value(op, expected, format!("{:?}", new.shape())));
+            }
+        }
+        Ok(())
     }
 
     /// What `f` makes of each array.

@@ -14,7 +14,7 @@ use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 const REFERENCE: &str = "mlx_lm.models.cache";
 
 /// True if the class of `cache` is exactly mlx-lm's class of that name.
-fn is_reference(class: &Bound<'_, PyType>, names: &[&str]) -> PyResult<bool> {
+pub(super) fn is_reference(class: &Bound<'_, PyType>, names: &[&str]) -> PyResult<bool> {
     let name = class.name()?;
     Ok(names.contains(&name.to_str()?) && class.module()? == REFERENCE)
 }

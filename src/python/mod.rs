@@ -16,6 +16,7 @@ mod functions;
 mod kv;
 mod prefill;
 mod quantized;
+mod quantized_rotating;
 mod rotating;
 mod tree;
 
@@ -28,6 +29,7 @@ use pyo3::PyClass;
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
 use quantized::PyQuantizedKvCache;
+use quantized_rotating::PyQuantizedRotatingKvCache;
 use rotating::PyRotatingKvCache;
 
 /// The Rust core of mlxrs_py. Import `mlxrs_py` instead.
@@ -50,6 +52,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyKvCache>()?;
     module.add_class::<PyRotatingKvCache>()?;
     module.add_class::<PyQuantizedKvCache>()?;
+    module.add_class::<PyQuantizedRotatingKvCache>()?;
     module.add_class::<PyConcatenateKvCache>()?;
     functions::register(module)
 }
@@ -58,6 +61,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
 fn cache_to_python(py: Python<'_>, cache: Cache) -> PyResult<Bound<'_, PyAny>> {
     match cache {
         Cache::Standard(_) => wrap(py, cache, PyKvCache),
+        Cache::Rotating(ref ring) if ring.scheme().is_some() => wrap(py, cache, PyQuantizedRotatingKvCache),
         Cache::Rotating(_) => wrap(py, cache, PyRotatingKvCache),
         Cache::Quantized(_) => wrap(py, cache, PyQuantizedKvCache),
         Cache::Concatenate(_) => wrap(py, cache, PyConcatenateKvCache),

@@ -2,7 +2,7 @@
 
 use super::base::count;
 use super::bridge::PyArray;
-use super::foreign::Snapshot;
+use super::foreign::{Snapshot, is_reference};
 use crate::array::{self, Array};
 use crate::prefill::{Steps, run};
 use pyo3::exceptions::{PyNotImplementedError, PyTypeError, PyValueError};
@@ -127,7 +127,8 @@ impl Quantization {
         for cache in cache.try_iter()? {
             let cache = cache?;
             let class = cache.get_type();
-            let is_ring = cache.hasattr("max_size")? && cache.hasattr("to_quantized")?;
+            // mlx-lm's ring has the method, which raises.
+            let is_ring = is_reference(&class, &["RotatingKVCache", "BatchRotatingKVCache"])?;
             let offset = cache.getattr("offset").and_then(|offset| offset.extract::<i64>()).unwrap_or(0);
             if is_ring && offset + total as i64 >= self.start {
                 let name = class.qualname()?;

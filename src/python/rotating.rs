@@ -2,9 +2,10 @@
 
 use super::attention::PyMaskingCache;
 use super::base::{base, count};
+use super::cache_to_python;
 use crate::cache::plan::Ring;
-use crate::cache::{Cache, RotatingKvCache};
-use pyo3::exceptions::{PyNotImplementedError, PyTypeError};
+use crate::cache::{Cache, RotatingKvCache, Scheme};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
 
@@ -71,27 +72,28 @@ impl PyRotatingKvCache {
         set_ring(slf, Ring { index, ..ring(slf)? })
     }
 
-    /// Not there yet: raises NotImplementedError, as mlx-lm does.
+    /// The same tokens in a QuantizedRotatingKVCache.
     #[pyo3(signature = (group_size = 64, bits = 4))]
-    #[expect(clippy::unused_self, reason = "a method that callers look for")]
-    fn to_quantized(&self, group_size: i64, bits: i64) -> PyResult<()> {
-        let scheme = format!("group_size={group_size}, bits={bits}");
-        Err(PyNotImplementedError::new_err(format!(
-            "RotatingKVCache.to_quantized({scheme}): a ring cannot be quantized"
-        )))
+    fn to_quantized<'py>(slf: &Bound<'py, Self>, group_size: i64, bits: i64) -> PyResult<Bound<'py, PyAny>> {
+        let op = "to_quantized";
+        let scheme = Scheme::new(op, count(op, "group_size", group_size)?, count(op, "bits", bits)?)?;
+        let quantized = with_rotating(slf.as_any(), |cache| cache.to_quantized(scheme))??;
+        cache_to_python(slf.py(), Cache::Rotating(quantized))
     }
 }
 
-fn ring(slf: &Bound<'_, PyRotatingKvCache>) -> PyResult<Ring> {
-    match &*base(slf.as_any())?.lock()? {
-        Cache::Rotating(cache) => Ok(*cache.ring()),
+/// Runs `f` with the ring inside an object of a rotating class.
+pub(super) fn with_rotating<T>(object: &Bound<'_, PyAny>, f: impl FnOnce(&mut RotatingKvCache) -> T) -> PyResult<T> {
+    match &mut *base(object)?.lock()? {
+        Cache::Rotating(cache) => Ok(f(cache)),
         other => Err(PyTypeError::new_err(format!("expected a RotatingKVCache, got {other:?}"))),
     }
 }
 
+fn ring(slf: &Bound<'_, PyRotatingKvCache>) -> PyResult<Ring> {
+    with_rotating(slf.as_any(), |cache| *cache.ring())
+}
+
 fn set_ring(slf: &Bound<'_, PyRotatingKvCache>, ring: Ring) -> PyResult<()> {
-    if let Cache::Rotating(cache) = &mut *base(slf.as_any())?.lock()? {
-        cache.set_ring(ring);
-    }
-    Ok(())
+    with_rotating(slf.as_any(), |cache| cache.set_ring(ring))
 }

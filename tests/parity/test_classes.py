@@ -5,8 +5,9 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from .twins import COUNTS, ConcatenateTwins, KVTwins, QuantizedTwins, RotatingTwins
+from .twins_quantized import QuantizedRotatingTwins
 
-SEQUENCES = {KVTwins: 200, RotatingTwins: 400, QuantizedTwins: 200, ConcatenateTwins: 100}
+SEQUENCES = {KVTwins: 200, RotatingTwins: 400, QuantizedTwins: 200, ConcatenateTwins: 100, QuantizedRotatingTwins: 150}
 
 
 @pytest.mark.timeout(7200)

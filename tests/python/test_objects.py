@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 import mlxrs_py.cache
-from mlxrs_py.cache import Cache, KVCache, QuantizedKVCache, RotatingKVCache
+from mlxrs_py.cache import Cache, KVCache, QuantizedKVCache, QuantizedRotatingKVCache, RotatingKVCache
 from tiny import MAKERS, every_class, feed, leaves, noise, raw
 
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "method": lambda cache: cache.copy()}
@@ -54,7 +54,11 @@ def test_a_cache_is_always_true_and_has_no_length(make):
 
 @every_class
 def test_only_a_quantized_cache_has_bits(make):
-    assert hasattr(make(), "bits") == hasattr(make(), "group_size") == (type(make()) is QuantizedKVCache)
+    assert (
+        hasattr(make(), "bits")
+        == hasattr(make(), "group_size")
+        == (type(make()) in (QuantizedKVCache, QuantizedRotatingKVCache))
+    )
 
 
 @every_class

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlxrs_py
-from mlxrs_py.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, RotatingKVCache
+from mlxrs_py.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, QuantizedRotatingKVCache, RotatingKVCache
 from test_threads import elsewhere
 from tiny import TinyModel, every_class, leaves, raw
 
@@ -159,13 +159,12 @@ def test_caches_without_a_quantized_form_stay():
     assert [c.bits for c in caches[::2]] == [8, 4]
 
 
-def test_a_ring_that_would_have_to_be_quantized_is_refused_before_any_work():
-    model, caches = TinyModel(), [KVCache(), RotatingKVCache(64)]
-    with pytest.raises(NotImplementedError, match="kv_bits is not supported for RotatingKVCache"):
-        mlxrs_py.prefill(model, TOKENS, caches, kv_bits=4, kv_group_size=32, quantized_kv_start=10)
-    assert (model.windows, [c.offset for c in caches]) == ([], [0, 0])
-    mlxrs_py.prefill(model, TOKENS, caches, kv_bits=4, kv_group_size=32, quantized_kv_start=11)
-    assert [c.offset for c in caches] == [10, 10]
+def test_rings_are_quantized_once_they_are_long_enough():
+    caches = [KVCache(), RotatingKVCache(64)]
+    mlxrs_py.prefill(TinyModel(), TOKENS, caches, kv_bits=4, kv_group_size=32, quantized_kv_start=11)
+    assert [(type(c), c.offset) for c in caches] == [(KVCache, 10), (RotatingKVCache, 10)]
+    mlxrs_py.prefill(TinyModel(), TOKENS, caches, kv_bits=4, kv_group_size=32, quantized_kv_start=11)
+    assert [(type(c), c.offset) for c in caches] == [(QuantizedKVCache, 20), (QuantizedRotatingKVCache, 20)]
 
 
 @pytest.mark.parametrize(

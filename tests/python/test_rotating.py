@@ -233,11 +233,6 @@ def test_a_ring_has_no_negative_numbers(name):
         setattr(cache, name, -1)
 
 
-def test_a_ring_says_that_it_cannot_be_quantized():
-    with pytest.raises(NotImplementedError, match=r"RotatingKVCache.to_quantized\(group_size=64, bits=4\)"):
-        RotatingKVCache(8).to_quantized()
-
-
 def test_dtypes_promote_when_rows_are_joined():
     cache = RotatingKVCache(8)
     cache.update_and_fetch(noise(3).astype(mx.bfloat16), noise(3).astype(mx.float16))

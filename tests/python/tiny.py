@@ -11,13 +11,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxrs_py.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, RotatingKVCache
+from mlxrs_py.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, QuantizedRotatingKVCache, RotatingKVCache
 
 #: Every class with arguments that make one.
 MAKERS: dict[str, Callable[[], Any]] = {
     "KVCache": KVCache,
     "RotatingKVCache": lambda: RotatingKVCache(max_size=8, keep=2),
     "QuantizedKVCache": lambda: QuantizedKVCache(group_size=32, bits=4),
+    "QuantizedRotatingKVCache": lambda: QuantizedRotatingKVCache(max_size=8, keep=2, group_size=32, bits=4),
     "ConcatenateKVCache": ConcatenateKVCache,
 }
 every_class = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
