@@ -2,6 +2,8 @@
 
 import copy
 import random
+from contextlib import nullcontext
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -101,24 +103,26 @@ def negative(entry):
     return -entry if isinstance(entry, mx.array) else entry
 
 
+@pytest.mark.parametrize("whose", ["ours", "mlx-lm's"])
 @every_shape
-def test_a_prefill_stopped_inside_a_model_goes_on_from_the_end_of_a_window(name):
+def test_a_prefill_stopped_inside_a_model_goes_on_from_the_end_of_a_window(name, whose):
     model, rng, done = tiny_models.make(name), random.Random(name), [0]
     file = model_module(name).__file__
 
     def go_on(caches, rest):
         """Run the rest of the prompt, and then once more all of it; give the logits and what is held."""
-        logits = [mlxrs_py.prefill(model, t, caches, step_size=16) for t in (rest, PROMPT) if t]
+        logits = [mlxrs_py.prefill(model, part, caches, step_size=16) for part in (rest, PROMPT) if part]
         return leaves(logits), [leaves(c.state) for c in caches]
 
-    def prefill(caches):
-        mlxrs_py.prefill(model, PROMPT, caches, step_size=16, progress=lambda n, _: done.__setitem__(0, n))
+    def lines(limit, caches):
+        run = partial(mlxrs_py.prefill, model, PROMPT, caches, step_size=16, progress=lambda n, _: done.append(n))
+        return lines_until(limit, file, run)
 
-    expected = go_on(ours.make_prompt_cache(model), PROMPT)
-    caches = ours.make_prompt_cache(model)
-    n_lines = lines_until(0, file, lambda: prefill(caches))
-    for _ in range(6):
-        caches = ours.make_prompt_cache(model)
-        with pytest.raises(Stop):
-            lines_until(rng.randint(1, n_lines), file, lambda caches=caches: prefill(caches))
-        assert go_on(caches, PROMPT[done[0] :]) == expected
+    expected = go_on(cache.make_prompt_cache(model), PROMPT)
+    with mlxrs_py.install() if whose == "ours" else nullcontext():
+        n_lines = lines(0, cache.make_prompt_cache(model))
+        for _ in range(4):
+            caches = cache.make_prompt_cache(model)
+            with pytest.raises(Stop):
+                lines(rng.randint(1, n_lines), caches)
+            assert go_on(caches, PROMPT[done[-1] :]) == expected
