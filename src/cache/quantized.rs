@@ -8,15 +8,17 @@ use super::{
     count_field, mask, nothing_yet, settle,
 };
 use crate::array::{Array, Dtype};
-use crate::error::{Error, Result};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
 
 /// Keys and values, each as packed words, scales and biases; the first `offset` rows are valid.
 #[derive(Clone, Debug)]
 pub struct QuantizedKvCache {
     /// Packed `(B, H, L, D * bits / 32)` uint32, scales and biases `(B, H, L, D / group_size)`.
-    pub keys: Option<[Array; 3]>,
+    pub(super) keys: Option<KvTensor>,
     /// The same for the values.
-    pub values: Option<[Array; 3]>,
+    pub(super) values: Option<KvTensor>,
     /// Valid rows.
     pub offset: usize,
     /// Rows by which the buffers grow; at least 1.
@@ -54,31 +56,6 @@ impl QuantizedKvCache {
     }
 }
 
-/// The first `to` rows of each of the three arrays.
-fn rows(arrays: &[Array; 3], to: usize) -> Result<[Array; 3]> {
-    Ok([arrays[0].rows(0, to)?, arrays[1].rows(0, to)?, arrays[2].rows(0, to)?])
-}
-
-fn state_of(arrays: Option<&[Array; 3]>) -> State<Array> {
-    arrays.map_or(State::None, |arrays| State::List(arrays.iter().cloned().map(State::Array).collect()))
-}
-
-/// Three arrays of a checked state.
-fn triple(field: State<Array>) -> Option<[Array; 3]> {
-    let State::List(items) = field else { return None };
-    let arrays: Vec<_> = items.into_iter().filter_map(super::array_field).collect();
-    arrays.try_into().ok()
-}
-
-/// Three buffers that are being assigned.
-fn packed(op: &'static str, tensor: Option<KvTensor>) -> Result<Option<[Array; 3]>> {
-    match tensor {
-        None => Ok(None),
-        Some(KvTensor::Quantized(arrays)) if arrays.iter().all(|array| array.shape().len() == 4) => Ok(Some(arrays)),
-        Some(_) => Err(Error::value(op, "packed words, scales and biases, each (B, H, L, n)", "something else")),
-    }
-}
-
 impl LayerCache for QuantizedKvCache {
     fn reference_class_name(&self) -> &'static str {
         "QuantizedKVCache"
@@ -86,21 +63,21 @@ impl LayerCache for QuantizedKvCache {
 
     fn state(&self) -> State<Array> {
         let counts = [self.offset, self.scheme.group_size(), self.scheme.bits()].map(|count| State::Int(count as i64));
-        let arrays = [state_of(self.keys.as_ref()), state_of(self.values.as_ref())];
+        let arrays = [&self.keys, &self.values].map(|rows| KvTensor::to_state(rows.as_ref()));
         State::List(arrays.into_iter().chain(counts).collect())
     }
 
     fn set_state(&mut self, state: State<Array>) -> Result<()> {
         let mut fields = checked_fields(self.reference_class_name(), state)?.into_iter();
         let mut next = || fields.next().unwrap_or(State::None);
-        let (keys, values) = (triple(next()), triple(next()));
+        let (keys, values) = (KvTensor::from_state(next()), KvTensor::from_state(next()));
         let (offset, group_size, bits) = (count_field(&next()), count_field(&next()), count_field(&next()));
         *self = Self { keys, values, offset, step: self.step, ..Self::new(group_size, bits)? };
         Ok(())
     }
 
     fn buffers(&self) -> Vec<&Array> {
-        self.keys.iter().chain(&self.values).flatten().collect()
+        self.keys.iter().chain(&self.values).flat_map(KvTensor::arrays).collect()
     }
 
     fn size(&self) -> usize {
@@ -121,7 +98,7 @@ impl LayerCache for QuantizedKvCache {
         match checkpoint.0 {
             CheckpointKind::Offset(offset) => {
                 self.offset = offset;
-                settle(self.keys.iter_mut().chain(&mut self.values).flatten());
+                settle(self.keys.iter_mut().chain(&mut self.values).flat_map(KvTensor::arrays_mut));
             }
             CheckpointKind::Whole(cache) => {
                 if let Cache::Quantized(cache) = *cache {
@@ -143,59 +120,51 @@ impl KvCache for QuantizedKvCache {
 
     fn update(&mut self, keys: &Array, values: &Array) -> Result<(KvTensor, KvTensor)> {
         let op = "QuantizedKVCache.update_and_fetch";
-        let packed = [self.keys.as_ref(), self.values.as_ref()].map(|arrays| arrays.map(|arrays| &arrays[0]));
-        let update = check_update(op, [keys, values], packed, (self.offset, self.offset), true)?;
+        let words = [&self.keys, &self.values].map(|rows| rows.as_ref().map(|rows| &rows.arrays()[0]));
+        let update = check_update(op, [keys, values], words, (self.offset, self.offset), true)?;
         self.scheme.check(op, keys, values)?;
         let growth = Growth::plan(self.offset, update.len, update.n_tokens, self.step);
         let end = self.offset + update.n_tokens;
-        let append = |buffers: Option<&[Array; 3]>, new: &Array| -> Result<[Array; 3]> {
-            let new = new.quantize(self.scheme.group_size(), self.scheme.bits())?;
-            let grown = |i: usize| {
-                let buffer = buffers.map(|arrays| &arrays[i]);
-                if let Some(buffer) = buffer
-                    && buffer.shape()[3] != new[i].shape()[3]
-                {
-                    let expected = format!("a head size that fits the cache's {:?}", buffer.shape());
-                    return Err(Error::value(op, expected, format!("{:?}", new[i].shape())));
+        // As mlx-lm has it: scales start in the type of the first keys, for the values too, and keep it.
+        let first = [Dtype::U32, keys.dtype(), keys.dtype()];
+        let append = |buffer: Option<&KvTensor>, new: &Array| -> Result<KvTensor> {
+            let new = self.scheme.quantize(new)?;
+            buffer.map_or(Ok(()), |buffer| buffer.check_widths(op, &new))?;
+            let mut first = first.into_iter();
+            match buffer {
+                Some(buffer) => {
+                    buffer.try_zip(&new, |buffer, new| write(Some(buffer), growth, new, self.offset, buffer.dtype()))
                 }
-                // As mlx-lm has it: scales start in the type of the first keys, for the values too, and keep it.
-                let first = if i == 0 { Dtype::U32 } else { keys.dtype() };
-                write(buffer, growth, &new[i], self.offset, buffer.map_or(first, Array::dtype))
-            };
-            Ok([grown(0)?, grown(1)?, grown(2)?])
+                None => new.try_map(|new| write(None, growth, new, self.offset, first.next().unwrap_or(new.dtype()))),
+            }
         };
         let (keys, values) = (append(self.keys.as_ref(), keys)?, append(self.values.as_ref(), values)?);
-        let seen = (KvTensor::Quantized(rows(&keys, end)?), KvTensor::Quantized(rows(&values, end)?));
+        let seen = (keys.rows(0, end)?, values.rows(0, end)?);
         (self.keys, self.values, self.offset) = (Some(keys), Some(values), end);
         Ok(seen)
     }
 
     fn keys(&self) -> Option<KvTensor> {
-        self.keys.clone().map(KvTensor::Quantized)
+        self.keys.clone()
     }
 
     fn values(&self) -> Option<KvTensor> {
-        self.values.clone().map(KvTensor::Quantized)
+        self.values.clone()
     }
 
     fn set_keys(&mut self, keys: Option<KvTensor>) -> Result<()> {
-        self.keys = packed("keys", keys)?;
+        self.keys = KvTensor::assigned("keys", keys, true)?;
         Ok(())
     }
 
     fn set_values(&mut self, values: Option<KvTensor>) -> Result<()> {
-        self.values = packed("values", values)?;
+        self.values = KvTensor::assigned("values", values, true)?;
         Ok(())
     }
 
     fn keys_and_values(&self) -> Result<(KvTensor, KvTensor)> {
-        match (&self.keys, &self.values) {
-            (Some(keys), Some(values)) => {
-                let (keys, values) = (rows(keys, self.offset)?, rows(values, self.offset)?);
-                Ok((KvTensor::Quantized(keys), KvTensor::Quantized(values)))
-            }
-            _ => Err(nothing_yet()),
-        }
+        let (Some(keys), Some(values)) = (&self.keys, &self.values) else { return Err(nothing_yet()) };
+        Ok((keys.rows(0, self.offset)?, values.rows(0, self.offset)?))
     }
 
     fn set_offset(&mut self, offset: usize) -> Result<()> {

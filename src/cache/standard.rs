@@ -37,8 +37,8 @@ impl StandardKvCache {
         let mut quantized = QuantizedKvCache::new(group_size, bits)?;
         if let (Some(keys), Some(values)) = (&self.keys, &self.values) {
             quantized.scheme().check("to_quantized", keys, values)?;
-            quantized.keys = Some(keys.quantize(group_size, bits)?);
-            quantized.values = Some(values.quantize(group_size, bits)?);
+            quantized.keys = Some(quantized.scheme().quantize(keys)?);
+            quantized.values = Some(quantized.scheme().quantize(values)?);
         }
         quantized.offset = self.offset;
         Ok(quantized)
