@@ -90,9 +90,10 @@ asan: build ## the Rust tests under AddressSanitizer (needs a nightly toolchain)
 	ASAN_OPTIONS=detect_leaks=0 RUSTFLAGS=-Zsanitizer=address MLXRS_FUZZ_INPUTS=3000 \
 	  cargo +nightly test --quiet --target $$(rustc -vV | sed -n 's/host: //p') --lib --test rust
 
-bench: build ## update, save and load beside mlx-lm's, in one run; then Rust alone
+bench: build ## update, save, load and lookup beside mlx-lm's, in one run; then Rust alone
 	$(BIN)/python benches/python/update.py
 	$(BIN)/python benches/python/files.py
+	$(BIN)/python benches/python/lookup.py
 	cargo bench --quiet --bench update
 
 clean: ## remove all that was built

@@ -2,7 +2,7 @@
 //! chunked prefill with a memory barrier per chunk, and atomic, durable cache files.
 //!
 //! The layers, each using only those before it:
-//! `ffi` → [`array`] → [`cache`] → [`prefill`] → [`persist`] → [`prompt`] → `python`.
+//! `ffi` → [`array`] → [`cache`] → [`prefill`] → [`persist`] → [`prompt`], [`store`] → `python`.
 //!
 //! Without the feature `python` this is a Rust library over libmlx; set `MLXRS_MLX_DIR` to the folder that
 //! holds MLX's `include/` and `lib/` when no Python has MLX installed. `examples/rust_prefill.rs` runs a model.
@@ -25,6 +25,8 @@ pub mod prefill;
 pub mod prompt;
 #[cfg(feature = "python")]
 mod python;
+#[forbid(unsafe_code)]
+pub mod store;
 
 pub use error::{Error, Result};
 

@@ -5,6 +5,7 @@ are in tokens (rows) unless a name says bytes.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Self, SupportsIndex
@@ -18,9 +19,12 @@ __all__ = [
     "CacheFormatError",
     "ConcatenateKVCache",
     "KVCache",
+    "LRUPromptCache",
     "MaskingCache",
     "MlxError",
     "MlxrsError",
+    "PromptTrie",
+    "PromptTrieResult",
     "QuantizedKVCache",
     "QuantizedRotatingKVCache",
     "RotatingKVCache",
@@ -212,6 +216,106 @@ class ConcatenateKVCache(MaskingCache):
     """Exactly the rows, joined anew at each update."""
 
     def __init__(self) -> None: ...
+
+@dataclass
+class PromptTrieResult:
+    """What a PromptTrie has for a query. If the query itself is stored, the other fields say nothing."""
+
+    model: Any
+    #: The query, if it is stored.
+    exact: list[int] | None
+    #: The longest stored proper prefix of the query, also one of no tokens.
+    shorter: list[int] | None
+    #: The shortest stored sequence that starts with the common prefix, if that is not empty.
+    longer: list[int] | None
+    #: Tokens at the start of the query that some stored sequence starts with too.
+    common_prefix: int
+
+@disjoint_base
+class PromptTrie:
+    """Values of any kind under sequences of tokens, per model: a compressed radix tree.
+
+    ``model`` is any hashable object. ``tokens`` are ints of 64 bits in a list, a tuple, another sequence, or a NumPy or
+    mlx array of one axis; the tree holds its own. Every method takes time linear in them, ``search`` also in the tokens
+    of ``longer``, which it lists.
+
+    Errors: TypeError for what is no sequence of integers, ValueError for more than one axis, OverflowError for an int
+    beyond 64 bits. What raises leaves the trie as it was.
+    """
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self: ...
+    def __init__(self) -> None: ...
+    def add(self, model: Any, tokens: Any, value: Any) -> Any:
+        """Store a value, and give the one that lay there, or None."""
+    def get(self, model: Any, tokens: Any) -> Any:
+        """Give the value under exactly these tokens. KeyError if there is none."""
+    def pop(self, model: Any, tokens: Any) -> Any:
+        """Take out the value under exactly these tokens. KeyError if there is none."""
+    def pop_prefixes(self, model: Any, tokens: Any) -> list[tuple[int, Any]]:
+        """Take out the values on all proper prefixes, each with its number of tokens, the shortest first.
+
+        KeyError if no stored sequence starts with ``tokens``.
+        """
+    def search(self, model: Any, tokens: Any) -> PromptTrieResult:
+        """Tell what is stored under these tokens, or nearest to them."""
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[Any, ...]: ...
+    def __setstate__(self, state: tuple[Any, ...]) -> None: ...
+
+@disjoint_base
+class LRUPromptCache:
+    """Prompt caches of many conversations by their tokens, under a limit of entries and one of bytes.
+
+    A prompt cache is a list of caches, of any class. It is stored as it is, not copied: whoever put it in may use it
+    further, so that sizes are counted anew (``nbytes`` of each cache) wherever they matter: of all entries by
+    `insert_cache`, `trim_to`, `nbytes`, `stats_by_type` and setting `max_bytes`, of the entry that was found by
+    `fetch_nearest_cache`. The limits hold after each of these.
+
+    What goes: an entry that alone has more than ``max_bytes`` goes alone. Else the least recently used (stored or
+    fetched) of the first type, in the order assistant, user, system, that has at least as many entries as the type
+    after it; if no type has, of the system type.
+
+    Errors: as `PromptTrie`, and what the caches raise. What raises leaves everything as it was.
+    """
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self: ...
+    def __init__(self, max_size: int = 10, max_bytes: int = 1 << 63) -> None:
+        """Make an empty one. Limits are taken into the range 0 to 2**64 - 1."""
+    @property
+    def max_size(self) -> int:
+        """Entries that may be stored. What is too much goes when it is set."""
+    @max_size.setter
+    def max_size(self, value: int) -> None: ...
+    @property
+    def max_bytes(self) -> int:
+        """Bytes that all entries may have. What is too much goes when it is set."""
+    @max_bytes.setter
+    def max_bytes(self, value: int) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+    def fetch_nearest_cache(self, model: Any, tokens: Any) -> tuple[Any, Any]:
+        """Give a deep copy of the entry that covers most of ``tokens``, and the tokens that it does not cover.
+
+        That is the entry under exactly these tokens; else a longer one, trimmed to what it has in common with them (but
+        for the last token, which the model needs), if all its caches can be trimmed alike; else the longest stored
+        prefix; else ``(None, tokens)``. Copies share the memory of arrays until one of the two writes. The entry then
+        counts as used last.
+        """
+    def insert_cache(self, model: Any, tokens: Any, prompt_cache: Any, *, cache_type: str = "assistant") -> None:
+        """Store a prompt cache under its tokens, in the place of one that was there.
+
+        If all its caches can be trimmed, what is stored under proper prefixes goes. One that alone is over ``max_bytes``
+        is not stored, and nothing else goes.
+
+        Errors: KeyError for a ``cache_type`` other than assistant, user and system.
+        """
+    def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
+        """Take out entries until at most so many, and so many bytes, are left."""
+    def stats_by_type(self) -> dict[str, dict[str, int]]:
+        """Give ``n_sequences`` and ``n_bytes`` of each type."""
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[Any, ...]: ...
+    def __setstate__(self, state: tuple[Any, ...]) -> None: ...
 
 def adopt(caches: Iterable[Any]) -> list[Any]:
     """Replace mlx-lm's caches by ours with the same parameters, tokens and buffers; others stay.

@@ -14,17 +14,22 @@ mod files;
 mod foreign;
 mod functions;
 mod kv;
+mod lru;
+mod models;
 mod prefill;
 mod quantized;
 mod quantized_rotating;
 mod rotating;
+mod tokens;
 mod tree;
+mod trie;
 
 use crate::cache::Cache;
 use attention::{PyAttentionCache, PyMaskingCache};
 use base::PyCache;
 use concatenate::PyConcatenateKvCache;
 use kv::PyKvCache;
+use lru::PyLruPromptCache;
 use pyo3::PyClass;
 use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
@@ -54,6 +59,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyQuantizedKvCache>()?;
     module.add_class::<PyQuantizedRotatingKvCache>()?;
     module.add_class::<PyConcatenateKvCache>()?;
+    module.add_class::<PyLruPromptCache>()?;
+    trie::register(module)?;
     functions::register(module)
 }
 

@@ -15,4 +15,5 @@ mod prefill;
 mod prompt;
 mod revive;
 mod schema;
+mod store;
 mod wire;
