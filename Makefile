@@ -84,7 +84,7 @@ suite: build ## the Python suites on another Python: make suite PYTHON=python3.1
 
 miri: ## the pure parts under Miri (needs a nightly toolchain with the component miri)
 	@cargo +nightly miri --version >/dev/null 2>&1 || { echo "make miri needs: rustup +nightly component add miri"; exit 1; }
-	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --lib plan
+	MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --lib -- plan radix
 
 asan: build ## the Rust tests under AddressSanitizer (needs a nightly toolchain)
 	ASAN_OPTIONS=detect_leaks=0 RUSTFLAGS=-Zsanitizer=address MLXRS_FUZZ_INPUTS=3000 \

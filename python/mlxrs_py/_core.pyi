@@ -278,8 +278,8 @@ class LRUPromptCache:
     """
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Self: ...
-    def __init__(self, max_size: int = 10, max_bytes: int = 1 << 63) -> None:
-        """Make an empty one. Limits are taken into the range 0 to 2**64 - 1."""
+    def __init__(self, max_size: int = 10, max_bytes: int = ...) -> None:
+        """Make an empty one; ``max_bytes`` is 2**63 by default. Limits are taken into the range 0 to 2**64 - 1."""
     @property
     def max_size(self) -> int:
         """Entries that may be stored. What is too much goes when it is set."""
@@ -305,8 +305,8 @@ class LRUPromptCache:
     def insert_cache(self, model: Any, tokens: Any, prompt_cache: Any, *, cache_type: str = "assistant") -> None:
         """Store a prompt cache under its tokens, in the place of one that was there.
 
-        If all its caches can be trimmed, what is stored under proper prefixes goes. One that alone is over ``max_bytes``
-        is not stored, and nothing else goes.
+        If all its caches can be trimmed, what is stored under proper prefixes goes. One that alone is over
+        ``max_bytes`` is not stored, and nothing else goes.
 
         Errors: KeyError for a ``cache_type`` other than assistant, user and system.
         """

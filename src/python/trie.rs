@@ -3,7 +3,7 @@
 use super::models::{Model, Models};
 use super::tokens::Tokens;
 use crate::store::{Match, Radix};
-use pyo3::exceptions::PyKeyError;
+use pyo3::exceptions::{PyKeyError, PyRuntimeError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -68,6 +68,9 @@ impl PyPromptTrie {
             .ok_or_else(|| PyKeyError::new_err(format!("{op}: expected a model in the trie, got another")))
     }
 }
+
+/// Pickled: model, tokens and value of each entry, and attributes.
+type State<'py> = (Vec<(Bound<'py, PyAny>, Tokens, Py<PyAny>)>, Bound<'py, PyDict>);
 
 fn absent(op: &'static str, n_tokens: usize) -> PyErr {
     PyKeyError::new_err(format!("{op}: expected tokens that are stored, got {n_tokens} that are not"))
@@ -139,7 +142,7 @@ impl PyPromptTrie {
         };
         let exact = found.exact.map(|_| &tokens.0[..]);
         let shorter = found.shorter.map(|(_, n_tokens)| &tokens.0[..n_tokens]);
-        let class = RESULT.get(py).ok_or_else(|| PyKeyError::new_err("PromptTrieResult"))?;
+        let class = RESULT.get(py).ok_or_else(|| PyRuntimeError::new_err("mlxrs_py._core is not set up"))?;
         class.bind(py).call1((model, exact, shorter, longer, found.common_prefix))
     }
 
@@ -159,10 +162,7 @@ impl PyPromptTrie {
         (make, (slf.get_type(),), (entries, slf.getattr("__dict__")?)).into_pyobject(py)
     }
 
-    fn __setstate__(
-        slf: &Bound<'_, Self>,
-        state: (Vec<(Bound<'_, PyAny>, Tokens, Py<PyAny>)>, Bound<'_, PyDict>),
-    ) -> PyResult<()> {
+    fn __setstate__(slf: &Bound<'_, Self>, state: State<'_>) -> PyResult<()> {
         let (entries, attributes) = state;
         for (model, tokens, value) in entries {
             slf.get().add(&model, tokens, value)?;

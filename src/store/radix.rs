@@ -343,3 +343,41 @@ impl<V> Radix<V> {
         best.map_or(NONE, |child| child.nearest)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Every node but the root has a value or branches, and knows where it hangs; the others are free.
+    fn check<V>(tree: &Radix<V>) {
+        let mut waiting = vec![ROOT];
+        let mut n_nodes = 0;
+        while let Some(index) = waiting.pop() {
+            n_nodes += 1;
+            let node = &tree.nodes[index];
+            assert!(index == ROOT || node.value.is_some() || node.children.len() > 1);
+            for &(first, child) in &node.children {
+                let Node { parent, edge, depth, .. } = &tree.nodes[child];
+                assert_eq!((*parent, edge.first(), *depth), (index, Some(&first), node.depth + edge.len()));
+                waiting.push(child);
+            }
+        }
+        assert_eq!(n_nodes + tree.free.len(), tree.nodes.len());
+    }
+
+    proptest! {
+        #[test]
+        fn no_node_is_there_for_nothing(steps in prop::collection::vec((0..4, prop::collection::vec(0..3_i64, 0..8)), 0..60)) {
+            let mut tree = Radix::default();
+            for (step, tokens) in steps {
+                match step {
+                    0 | 1 => drop(tree.insert(&tokens, ())),
+                    2 => drop(tree.find(&tokens).and_then(|key| tree.remove(key))),
+                    _ => drop(tree.remove_prefixes(&tokens)),
+                }
+                check(&tree);
+            }
+        }
+    }
+}
