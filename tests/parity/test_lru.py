@@ -3,22 +3,24 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxrs_py.cache import LRUPromptCache, PromptTrie
 
-from . import reference
+from . import reference, twins
 
 BOTH = pytest.mark.parametrize("ours", [True, False], ids=["ours", "mlx-lm"])
 TYPES = ["assistant", "user", "system"]
 
-#: Few different tokens, so that prompts share prefixes.
-tokens = st.lists(st.integers(0, 2), max_size=6)
+#: Few different prompts, which share prefixes, so that much is found.
+tokens = st.lists(st.integers(0, 1), max_size=5)
+models = st.sampled_from("aaab")
 
 
 class Stub:
@@ -39,6 +41,14 @@ class Stub:
         n = min(n, self.n_tokens)
         self.n_tokens -= n
         return n
+
+
+def count(name, n_operations, **happened):
+    counts = twins.COUNTS.setdefault(name, Counter(operations=0, sequences=0))
+    counts.update(operations=n_operations, sequences=1, **happened)
+
+
+many = settings(max_examples=4 * settings.default.max_examples)
 
 
 class Refreshing(reference.cache.LRUPromptCache):
@@ -70,15 +80,15 @@ def trie(ours):
     return (PromptTrie if ours else reference.cache.PromptTrie)()
 
 
-steps = st.one_of(
-    st.tuples(st.sampled_from(["add", "get", "pop", "search"]), st.sampled_from("ab"), tokens),
-    st.tuples(st.just("pop_prefixes"), st.sampled_from("ab"), tokens),
+trie_steps = st.tuples(
+    st.sampled_from(["add"] * 4 + ["get", "get", "pop", "pop", "pop_prefixes"] + ["search"] * 4), models, tokens
 )
 
 
-@given(st.lists(steps, max_size=60))
+@many
+@given(st.lists(trie_steps, min_size=25, max_size=60))
 def test_a_trie_and_its_twin_agree(sequence):
-    mine, theirs, stored = trie(True), trie(False), set()
+    mine, theirs, stored, happened = trie(True), trie(False), set(), Counter()
     for turn, (name, model, query) in enumerate(sequence):
         arguments = (model, query, turn) if name == "add" else (model, query)
         if name == "pop_prefixes":
@@ -88,6 +98,7 @@ def test_a_trie_and_its_twin_agree(sequence):
                 continue
             stored -= {(model, tuple(query[:n])) for n in range(len(query))}
         a, b = (outcome(getattr(one, name), *arguments) for one in (mine, theirs))
+        happened[name if a is not KeyError else "KeyError"] += 1
         if name == "search":
             shorter = a.shorter if a.shorter and len(a.shorter) > 1 else None
             a, b = (
@@ -99,32 +110,38 @@ def test_a_trie_and_its_twin_agree(sequence):
             stored.add((model, tuple(query)))
         elif name == "pop":
             stored.discard((model, tuple(query)))
+    count("PromptTrie", len(sequence), **happened)
 
 
-inserts = st.tuples(
-    st.just("insert"),
-    st.sampled_from("ab"),
-    st.lists(st.integers(0, 2), min_size=2, max_size=6),
+lru_steps = st.tuples(
+    st.sampled_from(["insert"] * 4 + ["fetch"] * 5 + ["trim"]),
+    models,
+    tokens,
     st.tuples(st.integers(1, 4), st.booleans(), st.sampled_from(TYPES)),
+    st.tuples(st.none() | st.integers(-1, 9), st.none() | st.integers(-1, 30)),
 )
-fetches = st.tuples(st.just("fetch"), st.sampled_from("ab"), tokens, st.none())
-trims = st.tuples(st.just("trim"), st.none() | st.integers(-1, 5), st.none() | st.integers(-1, 12), st.none())
 
 
-@given(st.lists(st.one_of(inserts, fetches, fetches, trims), max_size=60), st.integers(0, 5), st.integers(4, 12))
+@many
+@given(st.lists(lru_steps, min_size=25, max_size=60), st.integers(0, 9), st.integers(4, 30))
 def test_an_lru_cache_and_its_twin_agree(sequence, max_size, max_bytes):
-    mine, theirs = LRUPromptCache(max_size, max_bytes), Refreshing(max_size, max_bytes)
-    for turn, (name, first, second, third) in enumerate(sequence):
+    mine, theirs, happened = LRUPromptCache(max_size, max_bytes), Refreshing(max_size, max_bytes), Counter()
+    for turn, (name, model, query, (size, trimmable, cache_type), (n_sequences, n_bytes)) in enumerate(sequence):
         if name == "insert":
-            n_bytes, trimmable, cache_type = third
+            # Two tokens at least: mlx-lm does not find a prefix of fewer.
+            prompt = [0, *query] if query else [0, 0]
             for one in (mine, theirs):
-                one.insert_cache(first, second[:], [Stub(turn, n_bytes, trimmable)], cache_type=cache_type)
+                one.insert_cache(model, prompt[:], [Stub(turn, size, trimmable)], cache_type=cache_type)
         elif name == "fetch":
-            assert mine.fetch_nearest_cache(first, second) == theirs.fetch_nearest_cache(first, second)
+            prompt = [0, *query] if size > 1 else query
+            hit = mine.fetch_nearest_cache(model, prompt)
+            assert hit == theirs.fetch_nearest_cache(model, prompt)
+            happened["miss" if hit[0] is None else "part" if hit[1] else "whole"] += 1
         else:
             for one in (mine, theirs):
-                one.trim_to(n_sequences=first, n_bytes=second)
+                one.trim_to(n_sequences=n_sequences, n_bytes=n_bytes)
         assert (len(mine), mine.nbytes, mine.stats_by_type()) == (len(theirs), theirs.nbytes, theirs.stats_by_type())
+    count("LRUPromptCache", len(sequence), **happened)
 
 
 @BOTH
@@ -258,3 +275,9 @@ def test_a_copy_is_independent(ours):
     cache.insert_cache("m", [1, 1], [Stub(0)])
     copy.copy(cache).trim_to(n_sequences=0)
     assert len(cache) == (1 if ours else 0)
+
+
+@BOTH
+def test_the_inner_parts_are_not_to_be_reached(ours):
+    cache = lru(ours)
+    assert [hasattr(cache, name) for name in ("CacheEntry", "CacheOrder", "_trie", "_lru")] == [not ours] * 4
