@@ -42,6 +42,9 @@ fn main() {
     build.file(native.join("core.cpp")).compile("mlxrs_c");
     if env::var_os("CARGO_FEATURE_PYTHON").is_some() {
         bridge(&native, &include);
+        if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
+            blas(&native);
+        }
     }
     bind(&mlx_c, &native);
     link(&mlx.join("lib"));
@@ -153,6 +156,16 @@ fn bridge(native: &Path, include: &Path) {
         .file(nanobind.join("src/nb_combined.cpp"))
         .file(native.join("bridge.cpp"))
         .compile("mlxrs_bridge");
+}
+
+/// The object that hands libmlx's matrix products to OpenBLAS; the wheel takes it out of `OUT_DIR`.
+fn blas(native: &Path) {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("mlxrs_blas.so");
+    let mut command = cc::Build::new().flag("-fvisibility=hidden").get_compiler().to_command();
+    command.args(["-shared", "-o"]).arg(&out).arg(native.join("blas.c"));
+    if !command.status().is_ok_and(|status| status.success()) {
+        stop("native/blas.c does not compile; see above");
+    }
 }
 
 /// mlx-c's names for Rust, by bindgen.

@@ -14,6 +14,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in a folder
 
+import mlxrs_py  # noqa: F401
+
+# isort: split
+# Before this, the BLAS that serves MLX was chosen.
 from mlx_lm import stream_generate
 from rich.console import Console
 from rich.table import Table

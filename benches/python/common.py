@@ -6,16 +6,21 @@ import platform
 import statistics
 from collections.abc import Callable
 
-import mlx.core as mx
-
 import mlxrs_py
+
+# isort: split
+# Before this, the BLAS that serves MLX was chosen.
+import mlx.core as mx
 
 
 def header() -> None:
     info = mlxrs_py.build_info()
     device = mx.device_info().get("device_name", "?")
     print(f"python {platform.python_version()}, mlx {info['mlx']}, mlxrs_py {info['version']}, {info['compiler']}")
-    print(f"device {info['device']}, {device}" + (", DEBUG BUILD" if info["debug"] else ""))
+    print(
+        f"device {info['device']}, {device}, BLAS {info['blas'] or 'as MLX has it'}"
+        + (", DEBUG BUILD" if info["debug"] else "")
+    )
 
 
 def in_turns(ours: Callable[[], float], theirs: Callable[[], float], runs: int) -> tuple[list[float], list[float]]:

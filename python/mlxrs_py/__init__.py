@@ -13,6 +13,10 @@ if (_found := _installed_version("mlx")) != _MLX_VERSION:
         f"mlxrs_py is built for MLX {_MLX_VERSION}, but MLX {_found} is installed: pip install mlx=={_MLX_VERSION}"
     )
 
+from mlxrs_py import _blas  # noqa: E402
+
+_blas.activate()
+
 # mlx.core loads libmlx, which the core then finds by its name and shares.
 import mlx.core  # noqa: E402, F401
 

@@ -392,7 +392,7 @@ def blake3_hex(data: bytes) -> str:
     """Give the BLAKE3 hash of some bytes, as 64 hex digits."""
 
 def build_info() -> dict[str, Any]:
-    """Tell what the core was built from, and the device that it runs on now."""
+    """Tell what the core was built from, the device that it runs on now, and the BLAS (None: MLX's own)."""
 
 def _live_handles() -> int:
     """Count the array handles alive now; 0 in release builds."""

@@ -71,6 +71,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("compiler", env!("MLXRS_COMPILER"))?;
     info.set_item("features", ["python"])?;
     info.set_item("debug", cfg!(debug_assertions))?;
+    info.set_item("blas", py.import("mlxrs_py._blas")?.getattr("active")?)?;
     info.set_item("device", py.import("mlx.core")?.call_method0("default_device")?.str()?)?;
     Ok(info)
 }

@@ -3,6 +3,10 @@
 import os
 import signal
 
+import mlxrs_py  # noqa: F401
+
+# isort: split
+# Before this, the BLAS that serves MLX was chosen.
 import mlx.core as mx
 import pytest
 from hypothesis import settings

@@ -12,10 +12,11 @@ import sys
 import warnings
 from types import ModuleType
 
+from mlxrs_py.install import CLASSES, FUNCTIONS
+
+# isort: split
 import mlx_lm
 from mlx_lm.models import cache
-
-from mlxrs_py.install import CLASSES, FUNCTIONS
 
 #: These need packages that are not installed.
 ABSENT = {"mlx_lm.evaluate", "mlx_lm.models.olmo"}
