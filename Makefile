@@ -51,7 +51,8 @@ lint: build ## formatting, clippy, ruff, types, stubs, layers
 	$(BIN)/python tests/layers.py
 
 rust: build ## Rust tests, without and with the feature `python`
-	cargo test --quiet --lib --test rust --example rust_prefill
+	cargo test --quiet --lib --test rust --example rust_prefill -- --skip fuzz
+	cargo test --quiet --test rust -- --nocapture fuzz
 	cargo test --quiet --doc
 	cargo run --quiet --example rust_prefill
 	LD_LIBRARY_PATH=$(LIBRARIES) MLXRS_FUZZ_INPUTS=9000 cargo test --quiet --features python --lib --test rust
@@ -74,7 +75,7 @@ test-wheel: wheel ## the wheel in an empty environment: no compiler, no mlx-lm
 
 soak: build ## the long forms: 1,000 kills, many more inputs, CPython 3.12 and 3.13
 	MLXRS_KILLS=1000 cargo test --quiet --test rust -- --nocapture kill
-	MLXRS_FUZZ_INPUTS=3000000 cargo test --quiet --release --test rust -- --nocapture fuzz
+	MLXRS_FUZZ_INPUTS=10000000 cargo test --quiet --release --test rust -- --nocapture fuzz
 	MLXRS_PROFILE=slow $(BIN)/python -m pytest -q --timeout 3000 tests/parity/test_classes.py tests/parity/test_masks.py tests/parity/test_lru.py
 	$(MAKE) suite PYTHON=$$(command -v python3.12 || ls -d ~/.pyenv/versions/3.12.*/bin/python | tail -1) VENV=.venv312
 	$(MAKE) suite PYTHON=$$(command -v python3.13 || ls -d ~/.pyenv/versions/3.13.*/bin/python | tail -1) VENV=.venv313

@@ -34,6 +34,7 @@ __all__ = [
     "blake3_hex",
     "build_info",
     "check_save",
+    "convert_file",
     "create_attention_mask",
     "inspect_file",
     "load_prompt_cache",
@@ -41,6 +42,7 @@ __all__ = [
     "prefill",
     "save_prompt_cache",
     "save_prompt_cache_with_size",
+    "verify_file",
 ]
 __version__: str
 
@@ -387,6 +389,30 @@ def load_prompt_cache(file_name: str | PathLike[str], return_metadata: bool = Fa
 
 def inspect_file(file_name: str | PathLike[str]) -> dict[str, Any]:
     """Tell what a cache file holds, from its checked header: file, format, metadata, layers."""
+
+def verify_file(file_name: str | PathLike[str]) -> dict[str, Any]:
+    """Check a cache file in full, and tell what it holds as ``inspect_file`` does.
+
+    Header, classes, numbers and shapes are checked against each other, and every byte of every tensor is read.
+
+    Errors: CacheFormatError for a file that is damaged or lies, OSError if it cannot be read.
+    """
+
+def convert_file(
+    file_name: str | PathLike[str],
+    new_file_name: str | PathLike[str],
+    format: str,  # noqa: A002
+    *,
+    durable: bool = True,
+) -> tuple[Path, int]:
+    """Write what a cache file holds into another file in ``format``, and give that file and its size in bytes.
+
+    Bytes and metadata are handed on; no array is built and mlx-lm is not needed. The new file holds the valid rows only
+    and appears whole or not at all; it may be the old one. ``.safetensors`` is added to a name without it.
+
+    Errors: CacheFormatError for a file that is damaged or lies, ValueError if ``format`` cannot say what it holds,
+    OSError if the system refuses. An older file then stays as it was.
+    """
 
 def blake3_hex(data: bytes) -> str:
     """Give the BLAKE3 hash of some bytes, as 64 hex digits."""

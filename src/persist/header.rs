@@ -17,6 +17,8 @@ pub const PREFIX_SIZE: usize = 8;
 pub const MAX_HEADER_SIZE: u64 = 100_000_000;
 /// Headers are padded so that the data begins at a multiple of this: a memory page.
 pub const ALIGNMENT: usize = 4096;
+/// Tensors that a file may have, and strings: far more than any cache needs, and few enough to be read at once.
+pub const MAX_ENTRIES: usize = 1 << 18;
 /// Axes that a tensor may have.
 pub const MAX_DIMS: usize = 32;
 /// Longest axis: MLX counts in int32.
@@ -117,6 +119,9 @@ pub fn parse_file(file: &[u8]) -> Result<(Header, usize), Fault> {
 /// # Errors
 /// [`Error::Value`] if the header would be longer than readers accept.
 pub fn build<T: Described>(tensors: &[(String, T)], metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+    if let Some(n) = [tensors.len(), metadata.len()].into_iter().find(|&n| n > MAX_ENTRIES) {
+        return Err(Error::value("save_prompt_cache", format!("at most {MAX_ENTRIES} tensors and strings"), n));
+    }
     let mut entries = Vec::with_capacity(tensors.len() + 1);
     if !metadata.is_empty() {
         entries.push(format!("\"{METADATA}\":{}", serde_json::json!(metadata)));
@@ -190,6 +195,9 @@ impl<'de> Visitor<'de> for &mut HeaderReader {
                 self.fault = Some(fault);
                 A::Error::custom("")
             })?;
+            if header.tensors.len() == MAX_ENTRIES {
+                return Err(A::Error::custom(format_args!("more than {MAX_ENTRIES} tensors")));
+            }
             match header.tensors.entry(info.name.clone()) {
                 Entry::Vacant(place) => place.insert(info),
                 Entry::Occupied(_) => return Err(A::Error::custom("the same key twice")),
@@ -225,6 +233,9 @@ impl<'de> Visitor<'de> for Strings {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut strings = BTreeMap::new();
         while let Some((key, value)) = map.next_entry::<String, String>()? {
+            if strings.len() == MAX_ENTRIES {
+                return Err(A::Error::custom(format_args!("more than {MAX_ENTRIES} strings")));
+            }
             match strings.entry(key) {
                 Entry::Vacant(place) => place.insert(value),
                 Entry::Occupied(place) => return Err(A::Error::custom(format_args!("'{}' twice", place.key()))),

@@ -1,6 +1,7 @@
 //! L4: cache files. Reading and writing; which model filled the caches is not known here.
 
 pub mod atomic;
+mod convert;
 pub mod header;
 mod reader;
 pub mod wire;
@@ -12,6 +13,7 @@ use std::collections::BTreeMap;
 pub type Metadata = BTreeMap<String, String>;
 
 pub use atomic::effective_safetensors_path;
+pub use convert::{CutTensor, convert, recast};
 pub use header::TensorInfo;
 pub use reader::{CacheFile, load_prompt_cache};
 pub use wire::{Format, check_metadata};

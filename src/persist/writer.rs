@@ -3,9 +3,9 @@
 use super::Metadata;
 use super::atomic::{AtomicFile, effective_safetensors_path};
 use super::header;
-use super::wire::{self, Format, Leaf};
+use super::wire::{self, Encoded, Format, Leaf};
 use crate::array::{self, Array};
-use crate::cache::schema::{self, Rows};
+use crate::cache::schema::{self, Described, Rows};
 use crate::cache::{Cache, CacheState, zero_rows};
 use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -78,8 +78,20 @@ pub fn write_states(
     let mut cut = |array: Array, rows: Option<Rows>| valid_rows(array, rows, options.padded);
     let caches = caches.into_iter().map(|cache| schema::map_arrays(cache, &mut cut)).collect::<Result<Vec<_>>>()?;
     let encoded = wire::encode(options.format, caches, metadata)?;
-    let head = header::build(&encoded.tensors, &encoded.metadata)?;
+    write_file(path, &encoded, options.durable, &mut Array::for_each_run)
+}
 
+/// Where bytes go.
+pub(super) type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
+
+/// Puts a file in place, atomically; `copy` hands the bytes of an array on.
+pub(super) fn write_file<T: Described>(
+    path: &Path,
+    encoded: &Encoded<T>,
+    durable: bool,
+    copy: &mut dyn FnMut(&T, Sink<'_>) -> Result<()>,
+) -> Result<Saved> {
+    let head = header::build(&encoded.tensors, &encoded.metadata)?;
     let path = effective_safetensors_path(path);
     let mut file = AtomicFile::create(&path)?;
     let mut n_bytes = head.len() as u64;
@@ -90,11 +102,11 @@ pub fn write_states(
             file.write_all(bytes)
         };
         match leaf {
-            Leaf::Array(array) => array.for_each_run(&mut write)?,
+            Leaf::Array(array) => copy(array, &mut write)?,
             Leaf::Scalar { bytes, .. } => write(bytes)?,
         }
     }
-    file.commit(options.durable)?;
+    file.commit(durable)?;
     Ok(Saved { path, n_bytes })
 }
 

@@ -1,16 +1,15 @@
-//! Saving, loading and looking into cache files.
+//! Saving and loading cache files.
 
 use super::cache_to_python;
 use super::foreign::{adopt_one, cache_state};
 use super::tree::to_python;
 use crate::array::Array;
-use crate::cache::schema::Class;
-use crate::cache::{Cache, CacheState, State};
-use crate::persist::{CacheFile, Format, SaveOptions, Saved, TensorInfo, check_metadata, write_states};
+use crate::cache::{Cache, CacheState};
+use crate::persist::{CacheFile, Format, SaveOptions, Saved, check_metadata, write_states};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyImportError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyDict, PyList, PyString};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -144,42 +143,4 @@ fn build(py: Python<'_>, state: CacheState<Array>) -> PyResult<Bound<'_, PyAny>>
         import
     })?;
     adopt_one(module.getattr(state.class.as_str())?.call_method1("from_state", (to_python(py, state.state)?,))?)
-}
-
-/// What a cache file holds, from its header alone: format, metadata, and per layer class, offset and tensors.
-#[pyfunction]
-pub(super) fn inspect_file(py: Python<'_>, file_name: PathBuf) -> PyResult<Bound<'_, PyDict>> {
-    let file = py.detach(|| CacheFile::open(&file_name))?;
-    let info = PyDict::new(py);
-    info.set_item("file", file.path())?;
-    info.set_item("format", file.format.to_string())?;
-    info.set_item("metadata", &file.metadata)?;
-    let layers = file.caches.iter().map(|cache| inspect_layer(py, cache)).collect::<PyResult<Vec<_>>>()?;
-    info.set_item("layers", layers)?;
-    Ok(info)
-}
-
-fn inspect_layer<'py>(py: Python<'py>, cache: &CacheState<TensorInfo>) -> PyResult<Bound<'py, PyDict>> {
-    let layer = PyDict::new(py);
-    layer.set_item("class", &cache.class)?;
-    layer.set_item("offset", offset(cache))?;
-    let mut tensors: Vec<&TensorInfo> = Vec::new();
-    cache.state.for_each_array(&mut |tensor| tensors.push(tensor));
-    let first = tensors.first();
-    layer.set_item("shape", first.map(|tensor| PyTuple::new(py, &tensor.shape)).transpose()?)?;
-    layer.set_item("dtype", first.map(|tensor| tensor.dtype.safetensors_name()))?;
-    layer.set_item("n_bytes", tensors.iter().map(|tensor| tensor.n_bytes()).sum::<u64>())?;
-    Ok(layer)
-}
-
-/// The count of tokens, if the class has one for the whole cache.
-fn offset(cache: &CacheState<TensorInfo>) -> Option<i64> {
-    let State::List(items) = &cache.state else { return None };
-    let at = Class::find(&cache.class)?.place("offset");
-    match (at.and_then(|at| items.get(at)), items.first()) {
-        (Some(State::Int(offset)), _) => Some(*offset),
-        // ConcatenateKVCache counts its rows.
-        (None, Some(State::Array(keys))) if keys.shape.len() == 4 => keys.shape.get(2).map(|&rows| rows as i64),
-        _ => None,
-    }
 }

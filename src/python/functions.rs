@@ -13,7 +13,9 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(super::files::save_prompt_cache_with_size, module)?)?;
     module.add_function(wrap_pyfunction!(super::files::check_save, module)?)?;
     module.add_function(wrap_pyfunction!(super::files::load_prompt_cache, module)?)?;
-    module.add_function(wrap_pyfunction!(super::files::inspect_file, module)?)?;
+    module.add_function(wrap_pyfunction!(super::inspect::inspect_file, module)?)?;
+    module.add_function(wrap_pyfunction!(super::inspect::verify_file, module)?)?;
+    module.add_function(wrap_pyfunction!(super::inspect::convert_file, module)?)?;
     module.add_function(wrap_pyfunction!(blake3_hex, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)?;
     module.add_function(wrap_pyfunction!(live_handles, module)?)?;

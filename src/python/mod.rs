@@ -13,6 +13,7 @@ mod errors;
 mod files;
 mod foreign;
 mod functions;
+mod inspect;
 mod kv;
 mod lru;
 mod models;

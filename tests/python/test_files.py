@@ -17,10 +17,19 @@ from mlxrs_py.cache import (
     load_prompt_cache,
     save_prompt_cache,
 )
-from tiny import every_class, feed, leaves, noise, raw
+from tiny import MAKERS, ONLY_032, feed, leaves, noise, raw
 
 FORMATS = [("0.32", False), ("0.32", True), ("0.31", False)]
 both_formats = pytest.mark.parametrize(("layout", "padded"), FORMATS)
+every_class_in_its_formats = pytest.mark.parametrize(
+    ("make", "layout", "padded"),
+    [
+        pytest.param(make, layout, padded, id=f"{name}-{layout}-{padded}")
+        for name, make in MAKERS.items()
+        for layout, padded in FORMATS
+        if layout == "0.32" or name not in ONLY_032
+    ],
+)
 
 
 def header(file):
@@ -38,8 +47,7 @@ def numbers(cache):
     return {name: getattr(cache, name, None) for name in ("offset", "_idx", "keep", "max_size", "group_size", "bits")}
 
 
-@both_formats
-@every_class
+@every_class_in_its_formats
 @given(updates=st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=12), cut=st.integers(0, 9))
 def test_a_loaded_cache_goes_on_bit_equal(make, layout, padded, tmp_path_factory, updates, cut):
     file = tmp_path_factory.mktemp("caches") / "p.safetensors"
@@ -57,8 +65,7 @@ def test_a_loaded_cache_goes_on_bit_equal(make, layout, padded, tmp_path_factory
         assert numbers(loaded) == numbers(cache)
 
 
-@both_formats
-@every_class
+@every_class_in_its_formats
 def test_an_empty_cache_comes_back_empty(make, layout, padded, tmp_path):
     save_prompt_cache(tmp_path / "p", [make()], format=layout, padded=padded)
     (loaded,) = load_prompt_cache(tmp_path / "p")

@@ -35,9 +35,9 @@ def test_the_python_examples_run(code, tmp_path):
 @pytest.mark.real_model
 def test_the_commands_run(tmp_path):
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("mlxrs-py")]
-    assert len(commands) == 4
+    assert len(commands) == 6
     for command in commands:
-        words = [sys.executable, "-m", "mlxrs_py", *shlex.split(command)[1:]]
+        words = [sys.executable, "-m", "mlxrs_py", *shlex.split(command, comments=True)[1:]]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         result = subprocess.run(
             words, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=280, check=False

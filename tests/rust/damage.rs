@@ -1,6 +1,6 @@
 //! Good files with some damage, made out of choices: inputs for fuzzing that know the structure of what they break.
 
-use crate::fabricate::{Choose, Padding, cache, file, layers, metadata};
+use crate::fabricate::{Choose, Listed, Padding, cache, file, layers, metadata};
 use mlxrs_py::array::Dtype;
 use mlxrs_py::cache::schema::CLASSES;
 use mlxrs_py::persist::header;
@@ -63,6 +63,14 @@ pub fn input(choose: &mut dyn Choose, aim: Aim) -> Vec<u8> {
         damage_bytes(choose, &mut bytes);
     }
     bytes
+}
+
+/// The file that arbitrary bytes choose.
+pub fn input_of(bytes: &[u8]) -> Vec<u8> {
+    let mut choices = bytes.chunks(2).map(|pair| pair.iter().fold(0, |all, &byte| all << 8 | u16::from(byte)));
+    let aims = [Aim::Wire(Format::V032), Aim::Wire(Format::V031), Aim::Header];
+    let aim = aims[usize::from(choices.next().unwrap_or(0)) % aims.len()];
+    input(&mut Listed::new(choices.collect()), aim)
 }
 
 impl Parts {

@@ -3,7 +3,7 @@
 use mlxrs_py::array::Dtype;
 use mlxrs_py::cache::schema::Described;
 use mlxrs_py::cache::state::{CacheState, State};
-use mlxrs_py::persist::header::{self, TensorInfo};
+use mlxrs_py::persist::header::{self, Header, TensorInfo};
 use mlxrs_py::persist::wire::{self, Decoded, Encoded, Format, Leaf};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -247,14 +247,20 @@ fn ring(choose: &mut dyn Choose, padding: Padding) -> Ring {
     }
 }
 
-/// The bytes of a file; arrays are zeros.
+/// The bytes of a file; elements of float arrays are different in every row, others are zero.
 pub fn file(encoded: &Encoded<Form>) -> Vec<u8> {
+    file_of(encoded, |form| {
+        let n_bytes = form.shape.iter().product::<usize>() * form.dtype.size();
+        (0..n_bytes).map(|at| if form.dtype.is_float() { (at % 61 + n_bytes % 7) as u8 } else { 0 }).collect()
+    })
+}
+
+/// The bytes of a file; `bytes` gives those of an array.
+pub fn file_of<T: Described>(encoded: &Encoded<T>, bytes: impl Fn(&T) -> Vec<u8>) -> Vec<u8> {
     let mut file = header::build(&encoded.tensors, &encoded.metadata).expect("a short header");
     for (_, leaf) in &encoded.tensors {
         match leaf {
-            Leaf::Array(form) => {
-                file.resize(file.len() + form.shape.iter().product::<usize>() * form.dtype.size(), 0);
-            }
+            Leaf::Array(array) => file.extend(bytes(array)),
             Leaf::Scalar { bytes, .. } => file.extend_from_slice(bytes),
         }
     }
@@ -271,9 +277,13 @@ pub const NAME: &str = "cache.safetensors";
 
 /// Decodes the bytes of a file; numbers and names are read out of them.
 pub fn load(file: &[u8]) -> mlxrs_py::Result<Decoded> {
-    let path = Path::new(NAME);
-    let (header, data) = header::parse_file(file).map_err(|fault| fault.in_file(path))?;
-    wire::decode(path, &header, &mut |info| {
+    let (header, data) = header::parse_file(file).map_err(|fault| fault.in_file(Path::new(NAME)))?;
+    decode(file, &header, data)
+}
+
+/// Decodes the bytes of a file whose header has been read, and whose data begins at `data`.
+pub fn decode(file: &[u8], header: &Header, data: usize) -> mlxrs_py::Result<Decoded> {
+    wire::decode(Path::new(NAME), header, &mut |info| {
         assert!(info.n_bytes() <= 8 * wire::MAX_TEXT as u64, "only small tensors are read: {info:?}");
         Ok(file[data + info.start as usize..data + info.end as usize].to_vec())
     })

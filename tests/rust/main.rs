@@ -4,6 +4,7 @@
 mod array;
 mod atomic;
 mod caches;
+mod convert;
 mod damage;
 mod fabricate;
 mod files;
@@ -13,6 +14,7 @@ mod kill;
 mod mock;
 mod prefill;
 mod prompt;
+mod recast;
 mod revive;
 mod schema;
 mod store;

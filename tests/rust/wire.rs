@@ -3,5 +3,5 @@
 mod read;
 mod reference;
 mod refused;
-mod samples;
+pub mod samples;
 mod written;

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["main", "plain"]
 
 _EXIT_ERROR = 1
 _EXIT_INTERRUPTED = 130
@@ -53,8 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _EXIT_ERROR
 
 
+def plain(text: object) -> str:
+    """Write out what would steer a terminal: a file may come from anywhere."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = plain(" ".join(str(error).split()))
     if isinstance(error, ModuleNotFoundError):
         return f"{text}: pip install 'mlxrs_py[lm]'"
     if not text:
@@ -78,7 +83,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def _parser() -> argparse.ArgumentParser:
     from mlxrs_py._core import __version__
-    from mlxrs_py.cli import cache_prompt, default_model, generate, inspect, run
+    from mlxrs_py.cli import cache_prompt, convert, default_model, generate, inspect, run, verify
 
     parser = argparse.ArgumentParser(
         prog="mlxrs-py",
@@ -90,6 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (cache_prompt, generate, inspect, run, default_model):
+    for command in (cache_prompt, generate, inspect, verify, convert, run, default_model):
         command.add(commands, common)
     return parser

@@ -7,6 +7,8 @@ import itertools
 import json
 from typing import Any
 
+from mlxrs_py.cli import plain
+
 __all__ = ["add"]
 
 
@@ -33,21 +35,16 @@ def _run(arguments: argparse.Namespace) -> int:
     layers = info["layers"]
     size = sum(layer["n_bytes"] for layer in layers)
     metadata = dict(info["metadata"])
-    print(f"file     {_plain(info['file'])}")
+    print(f"file     {plain(info['file'])}")
     print(f"format   mlx-lm {info['format']}")
-    print(f"model    {_plain(metadata.pop('model', '-'))}")
+    print(f"model    {plain(metadata.pop('model', '-'))}")
     print(f"caches   {len(layers)}, {size / 1e6:.1f} MB")
     for key, value in sorted(metadata.items()):
-        print(f"metadata {_plain(key)} = {_plain(value)}")
+        print(f"metadata {plain(key)} = {plain(value)}")
     print()
     for line in _table(layers):
         print(line)
     return 0
-
-
-def _plain(text: object) -> str:
-    """Write out what would steer a terminal: a file may come from anywhere."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _table(layers: list[dict[str, Any]]) -> list[str]:

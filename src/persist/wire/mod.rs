@@ -131,6 +131,18 @@ pub fn encode<T: Described>(
     user: &BTreeMap<String, String>,
 ) -> Result<Encoded<T>> {
     check_metadata(user)?;
+    lay_out(format, layers, user)
+}
+
+/// As [`encode`], with metadata that came out of a file: keys that mlx-lm nested are dotted.
+///
+/// # Errors
+/// As [`encode`]; metadata is only refused if the file would then not be told from another.
+pub(super) fn lay_out<T: Described>(
+    format: Format,
+    layers: Vec<CacheState<T>>,
+    user: &BTreeMap<String, String>,
+) -> Result<Encoded<T>> {
     schema::check_layers(&layers).map_err(|fault| in_memory(&fault))?;
     let mut encoded = match format {
         Format::V031 => v031::encode(layers, user)?,
@@ -138,6 +150,10 @@ pub fn encode<T: Described>(
     };
     if let Some((key, _)) = encoded.tensors.iter().find(|(_, leaf)| leaf.dtype() == Dtype::F64) {
         return Err(Error::value(SAVE, format!("{key} of a type that MLX's files hold"), "F64"));
+    }
+    if detect(&encoded.metadata, encoded.tensors.is_empty()) != Ok(format) {
+        let expected = format!("metadata with plain keys, as there are no caches to tell format {format} by");
+        return Err(Error::value(SAVE, expected, format!("{:?}", user.keys().collect::<Vec<_>>())));
     }
     encoded.tensors.sort_by_key(|(_, leaf)| std::cmp::Reverse(leaf.dtype().size()));
     Ok(encoded)
