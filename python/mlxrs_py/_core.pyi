@@ -14,9 +14,11 @@ import mlx.core as mx
 from typing_extensions import disjoint_base
 
 __all__ = [
+    "ArraysCache",
     "AttentionCache",
     "Cache",
     "CacheFormatError",
+    "ChunkedKVCache",
     "ConcatenateKVCache",
     "KVCache",
     "LRUPromptCache",
@@ -218,6 +220,74 @@ class ConcatenateKVCache(MaskingCache):
     """Exactly the rows, joined anew at each update."""
 
     def __init__(self) -> None: ...
+
+class ChunkedKVCache(AttentionCache):
+    """The newest ``chunk_size`` tokens, once the front is trimmed; grows by ``step`` rows like a KVCache.
+
+    ``offset`` counts all tokens, ``size()`` those whose rows are held. It makes no masks: its models do.
+    """
+
+    def __init__(self, chunk_size: int) -> None:
+        """Make an empty cache. ValueError unless ``chunk_size`` is at least 1."""
+    def maybe_trim_front(self) -> None:
+        """Drop the oldest rows, so that at most ``chunk_size`` are left."""
+    @property
+    def chunk_size(self) -> int:
+        """Rows that ``maybe_trim_front`` leaves at most."""
+    @chunk_size.setter
+    def chunk_size(self, value: int) -> None: ...
+    @property
+    def start_position(self) -> int:
+        """Position of the first row."""
+    @start_position.setter
+    def start_position(self, value: int) -> None: ...
+
+class ArraysCache(Cache):
+    """Recurrent states of a layer: arrays (B, ...) in slots, which are read and written by index.
+
+    There are no rows, so there is nothing to trim, and ``size()`` is 0. Methods that take a place count negative ones
+    from the end and raise ValueError for one that is no sequence.
+    """
+
+    def __init__(self, size: int, left_padding: Any = None) -> None:
+        """Make ``size`` empty slots. ``left_padding``: integers (B,); an empty list counts as None."""
+    def __getitem__(self, index: Any, /) -> Any: ...
+    def __setitem__(self, index: Any, value: Any, /) -> None: ...
+    @property
+    def cache(self) -> list[Any]:
+        """The slots, None where nothing was put yet: a new list. Assigning it sets all slots."""
+    @cache.setter
+    def cache(self, value: Iterable[Any]) -> None: ...
+    @property
+    def left_padding(self) -> mx.array | None:
+        """Tokens that each sequence must not see at its start (B,), or None."""
+    @left_padding.setter
+    def left_padding(self, value: Any) -> None: ...
+    @property
+    def lengths(self) -> mx.array | None:
+        """Tokens that each sequence has (B,), or None."""
+    @lengths.setter
+    def lengths(self, value: Any) -> None: ...
+    @property
+    def batch_size(self) -> int:
+        """Sequences that are held, told by the first slot that is set, else by padding or lengths; else 1."""
+    def make_mask(self, N: int) -> mx.array | None:  # noqa: N803
+        """Make the bool mask (B, N) that is True for tokens and False for padding; None if nothing is padded."""
+    def prepare(self, lengths: Any = None, **_others: Any) -> None:
+        """Say how many tokens each sequence has in what comes next, (B,). Other arguments are for other caches."""
+    def finalize(self) -> None:
+        """Forget padding and lengths."""
+    def advance(self, N: int) -> None:  # noqa: N803
+        """Count ``N`` tokens that went through the layer: padding and lengths become less by it."""
+    def filter(self, batch_indices: Any) -> None:
+        """Keep the sequences at these places, in that order. An array of places is evaluated."""
+    def extend(self, other: Any) -> None:
+        """Append the sequences of another ArraysCache. What only one of the two has set is zeros in the other."""
+    def extract(self, idx: int) -> ArraysCache:
+        """Give the sequence at this place alone, without padding and lengths."""
+    @classmethod
+    def merge(cls, caches: Iterable[Any]) -> Self:
+        """Make one batch of caches of one sequence each; slots that one of them lacks are zeros there."""
 
 @dataclass
 class PromptTrieResult:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxrs_py._core import (
+    ArraysCache,
     AttentionCache,
     Cache,
+    ChunkedKVCache,
     ConcatenateKVCache,
     KVCache,
     LRUPromptCache,
@@ -31,9 +33,11 @@ from mlxrs_py._core import (
 )
 
 __all__ = [
+    "ArraysCache",
     "AttentionCache",
     "Cache",
     "CacheConfig",
+    "ChunkedKVCache",
     "ConcatenateKVCache",
     "KVCache",
     "LRUPromptCache",

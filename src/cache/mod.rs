@@ -1,5 +1,7 @@
 //! L2: the caches, one file each. All cache logic of the project stands here.
 
+mod arrays;
+mod chunked;
 mod concatenate;
 pub mod mask;
 pub mod plan;
@@ -12,6 +14,8 @@ pub mod state;
 mod tensor;
 mod traits;
 
+pub use arrays::ArraysCache;
+pub use chunked::ChunkedKvCache;
 pub use concatenate::ConcatenateKvCache;
 pub use mask::MaskMode;
 pub use quantized::QuantizedKvCache;
@@ -42,6 +46,10 @@ pub enum Cache {
     Quantized(QuantizedKvCache),
     /// Exactly the rows, joined anew at each update.
     Concatenate(ConcatenateKvCache),
+    /// A growing buffer whose oldest rows are dropped.
+    Chunked(ChunkedKvCache),
+    /// Recurrent states.
+    Arrays(ArraysCache),
 }
 
 impl Cache {
@@ -52,6 +60,8 @@ impl Cache {
             Self::Rotating(cache) => cache,
             Self::Quantized(cache) => cache,
             Self::Concatenate(cache) => cache,
+            Self::Chunked(cache) => cache,
+            Self::Arrays(cache) => cache,
         }
     }
 
@@ -62,6 +72,8 @@ impl Cache {
             Self::Rotating(cache) => cache,
             Self::Quantized(cache) => cache,
             Self::Concatenate(cache) => cache,
+            Self::Chunked(cache) => cache,
+            Self::Arrays(cache) => cache,
         }
     }
 
@@ -75,6 +87,8 @@ impl Cache {
             Self::Rotating(cache) => cache,
             Self::Quantized(cache) => cache,
             Self::Concatenate(cache) => cache,
+            Self::Chunked(cache) => cache,
+            Self::Arrays(_) => return Err(no_keys(self)),
         })
     }
 
@@ -88,6 +102,8 @@ impl Cache {
             Self::Rotating(cache) => cache,
             Self::Quantized(cache) => cache,
             Self::Concatenate(cache) => cache,
+            Self::Chunked(cache) => cache,
+            Self::Arrays(_) => return Err(no_keys(self)),
         })
     }
 
@@ -97,7 +113,8 @@ impl Cache {
             Self::Standard(cache) => cache.step,
             Self::Rotating(cache) => cache.step,
             Self::Quantized(cache) => cache.step,
-            Self::Concatenate(_) => STEP,
+            Self::Chunked(cache) => cache.step,
+            Self::Concatenate(_) | Self::Arrays(_) => STEP,
         }
     }
 
@@ -108,7 +125,8 @@ impl Cache {
             Self::Standard(cache) => cache.step = step,
             Self::Rotating(cache) => cache.step = step,
             Self::Quantized(cache) => cache.step = step,
-            Self::Concatenate(_) => {}
+            Self::Chunked(cache) => cache.step = step,
+            Self::Concatenate(_) | Self::Arrays(_) => {}
         }
     }
 
@@ -120,6 +138,8 @@ impl Cache {
             "QuantizedRotatingKVCache" => Self::Rotating(RotatingKvCache::unset(Some(Scheme::default()))),
             "QuantizedKVCache" => Self::Quantized(QuantizedKvCache::default()),
             "ConcatenateKVCache" => Self::Concatenate(ConcatenateKvCache::default()),
+            "ChunkedKVCache" => Self::Chunked(ChunkedKvCache::unset()),
+            "ArraysCache" => Self::Arrays(ArraysCache::default()),
             _ => return None,
         })
     }
@@ -135,9 +155,8 @@ impl Cache {
     /// [`Error::Value`] if the class is unknown or the state does not fit it.
     pub fn from_state(state: CacheState<Array>) -> Result<Self> {
         let op = "from_state";
-        let mut cache = Self::of_class(&state.class).ok_or_else(|| {
-            Error::value(op, "KVCache, RotatingKVCache, QuantizedKVCache or ConcatenateKVCache", &state.class)
-        })?;
+        let cache = Self::of_class(&state.class);
+        let mut cache = cache.ok_or_else(|| Error::value(op, "a class of this crate", &state.class))?;
         cache.as_dyn_mut().set_state(state.state)?;
         Ok(cache)
     }
@@ -178,6 +197,12 @@ fn checked_fields(name: &'static str, state: State<Array>) -> Result<Vec<State<A
         State::List(fields) => Ok(fields),
         other => Err(Error::value("state", "a tuple", other.kind())),
     }
+}
+
+/// The error of asking a cache for keys and values that it does not have.
+fn no_keys(cache: &Cache) -> Error {
+    let got = cache.as_dyn().reference_class_name().to_owned();
+    Error::Type { op: "keys and values", expected: "a cache that has them".to_owned(), got }
 }
 
 /// The error of asking an empty cache for its rows.

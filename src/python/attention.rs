@@ -24,7 +24,7 @@ impl PyMaskingCache {
 
     /// An object around `cache`, to be given a subclass.
     pub(super) fn around(cache: Cache) -> PyClassInitializer<Self> {
-        PyClassInitializer::from(PyCache::new(cache)).add_subclass(PyAttentionCache).add_subclass(Self)
+        PyAttentionCache::around(cache).add_subclass(Self)
     }
 }
 
@@ -35,6 +35,11 @@ impl PyAttentionCache {
         let base = PyCache::new(cache);
         base.set_step(&class.getattr("step")?)?;
         Ok(PyClassInitializer::from(base).add_subclass(Self))
+    }
+
+    /// As [`PyMaskingCache::around`].
+    pub(super) fn around(cache: Cache) -> PyClassInitializer<Self> {
+        PyClassInitializer::from(PyCache::new(cache)).add_subclass(Self)
     }
 }
 

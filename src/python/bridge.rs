@@ -2,7 +2,7 @@
 
 use crate::array::Array;
 use crate::ffi::{ArrayHandle, RawArray};
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 use pyo3::{Borrowed, ffi};
@@ -73,6 +73,29 @@ impl<'py> IntoPyObject<'py> for PyArray {
         // a Python error set.
         unsafe { Bound::from_owned_ptr_or_err(py, mlxrs_bridge_wrap(raw.ctx)) }
     }
+}
+
+/// An array of one axis and no floats, or of nothing: an mlx array, or what `mlx.core.array` makes of anything else.
+pub(super) fn integers(op: &str, what: &str, object: &Bound<'_, PyAny>) -> PyResult<Array> {
+    let array = match object.extract::<PyArray>() {
+        Ok(array) => array.0,
+        Err(_) => object.py().import("mlx.core")?.call_method1("array", (object,))?.extract::<PyArray>()?.0,
+    };
+    if array.shape().len() != 1 || (array.dtype().is_float() && array.dim(0) > 0) {
+        let message = format!("{op}: expected {what} of an integer type, got {array:?}");
+        return Err(PyValueError::new_err(message));
+    }
+    Ok(array)
+}
+
+/// The places in a batch that a list or an array names; an array is evaluated.
+pub(super) fn places(op: &str, object: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
+    if let Ok(places) = object.extract() {
+        return Ok(places);
+    }
+    let array = integers(op, "indices (n,)", object)?;
+    let places = object.py().detach(move || array.to_i32())?;
+    Ok(places.into_iter().map(i64::from).collect())
 }
 
 /// What `object.__setattr__` does, for a class that has its own `__setattr__`. `value` None deletes.

@@ -48,7 +48,7 @@ pub(super) fn adopt_one(cache: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
         return Ok(cache);
     }
     let name = class.name()?;
-    if !is_reference(&class, &["KVCache", "RotatingKVCache", "QuantizedKVCache", "ConcatenateKVCache"])? {
+    if class.module()? != REFERENCE || Cache::of_class(name.to_str()?).is_none() {
         return Ok(cache);
     }
     let ours = Cache::from_state(CacheState {

@@ -6,8 +6,10 @@
 #[expect(unsafe_code, reason = "meets nanobind and CPython")]
 mod bridge;
 
+mod arrays;
 mod attention;
 mod base;
+mod chunked;
 mod concatenate;
 mod errors;
 mod files;
@@ -26,8 +28,10 @@ mod tree;
 mod trie;
 
 use crate::cache::Cache;
+use arrays::PyArraysCache;
 use attention::{PyAttentionCache, PyMaskingCache};
 use base::PyCache;
+use chunked::PyChunkedKvCache;
 use concatenate::PyConcatenateKvCache;
 use kv::PyKvCache;
 use lru::PyLruPromptCache;
@@ -60,6 +64,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyQuantizedKvCache>()?;
     module.add_class::<PyQuantizedRotatingKvCache>()?;
     module.add_class::<PyConcatenateKvCache>()?;
+    module.add_class::<PyChunkedKvCache>()?;
+    module.add_class::<PyArraysCache>()?;
     module.add_class::<PyLruPromptCache>()?;
     trie::register(module)?;
     functions::register(module)
@@ -73,6 +79,11 @@ fn cache_to_python(py: Python<'_>, cache: Cache) -> PyResult<Bound<'_, PyAny>> {
         Cache::Rotating(_) => wrap(py, cache, PyRotatingKvCache),
         Cache::Quantized(_) => wrap(py, cache, PyQuantizedKvCache),
         Cache::Concatenate(_) => wrap(py, cache, PyConcatenateKvCache),
+        Cache::Chunked(_) => {
+            let chunked = PyAttentionCache::around(cache).add_subclass(PyChunkedKvCache);
+            Bound::new(py, chunked).map(Bound::into_any)
+        }
+        Cache::Arrays(_) => Bound::new(py, PyArraysCache::around(cache)).map(Bound::into_any),
     }
 }
 

@@ -1,7 +1,7 @@
 //! `prefill`: the core's loop over a Python model and Python caches, ours or others.
 
 use super::base::count;
-use super::bridge::PyArray;
+use super::bridge::{PyArray, integers};
 use super::foreign::{Snapshot, is_reference};
 use crate::array::{self, Array};
 use crate::prefill::{Steps, run};
@@ -37,7 +37,7 @@ pub(super) fn prefill<'py>(
     }
     let embeddings =
         input_embeddings.map(|embeddings| embeddings.extract::<PyArray>()).transpose()?.map(|array| array.0);
-    let tokens = token_array(&tokens)?;
+    let tokens = integers(op, "token ids (P,)", &tokens)?;
     let total = total_tokens(&tokens, embeddings.as_ref())?;
     if embeddings.is_some() && !accepts(&model, "input_embeddings")? {
         return Err(PyValueError::new_err(
@@ -54,20 +54,6 @@ pub(super) fn prefill<'py>(
     run(&mut steps, total, count(op, "step_size", step_size)?)?;
     let logits = steps.logits.ok_or_else(|| PyTypeError::new_err("prefill: the model gave no logits"))?;
     PyArray(logits).into_pyobject(py)
-}
-
-/// Token ids (P,) from a list, a NumPy array or an mlx array.
-fn token_array(tokens: &Bound<'_, PyAny>) -> PyResult<Array> {
-    let array = match tokens.extract::<PyArray>() {
-        Ok(array) => array.0,
-        Err(_) => tokens.py().import("mlx.core")?.call_method1("array", (tokens,))?.extract::<PyArray>()?.0,
-    };
-    let is_float = array.dtype().is_float() && array.dim_or(0) > 0;
-    if array.shape().len() != 1 || is_float {
-        let got = format!("{array:?}");
-        return Err(PyValueError::new_err(format!("prefill: expected token ids (P,) of an integer type, got {got}")));
-    }
-    Ok(array)
 }
 
 /// Length of the prompt, of which tokens and embeddings must agree unless there are embeddings alone.

@@ -16,6 +16,7 @@ MAKERS = {
     "RotatingKVCache": lambda: theirs.RotatingKVCache(8, keep=2),
     "QuantizedKVCache": lambda: theirs.QuantizedKVCache(32, bits=4),
     "ConcatenateKVCache": theirs.ConcatenateKVCache,
+    "ChunkedKVCache": lambda: theirs.ChunkedKVCache(8),
 }
 every_class = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
@@ -76,8 +77,8 @@ def test_children_of_lists_are_adopted_in_place():
     outer = theirs.CacheList(inner, theirs.RotatingKVCache(8), theirs.ChunkedKVCache(8))
     (adopted,) = ours.adopt([outer])
     assert adopted is outer and adopted[0] is inner
-    assert [type(c) for c in inner.caches] == [ours.KVCache, theirs.ArraysCache]
-    assert [type(c) for c in outer.caches[1:]] == [ours.RotatingKVCache, theirs.ChunkedKVCache]
+    assert [type(c) for c in inner.caches] == [ours.KVCache, ours.ArraysCache]
+    assert [type(c) for c in outer.caches[1:]] == [ours.RotatingKVCache, ours.ChunkedKVCache]
     assert (inner[0].offset, outer[1].max_size) == (3, 8)
     assert (outer.size(), outer.empty(), outer.is_trimmable(), outer.nbytes) == (3, False, False, inner[0].nbytes)
 
@@ -88,12 +89,23 @@ def test_classes_that_we_lack_and_subclasses_stay():
 
     caches = [
         Own(),
-        theirs.ArraysCache(2),
-        theirs.ChunkedKVCache(8),
         theirs.BatchKVCache([0, 1]),
         theirs.BatchRotatingKVCache(8, [0]),
     ]
     assert all(a is b for a, b in zip(ours.adopt(caches), caches, strict=True))
+
+
+def test_recurrent_states_are_adopted_with_their_padding():
+    cache = theirs.ArraysCache(3, left_padding=[1, 0])
+    cache[0], cache[2] = mx.ones((2, 3, 4)), mx.zeros((2, 5), dtype=mx.bfloat16)
+    cache.prepare(lengths=[3, 4])
+    (adopted,) = ours.adopt([cache])
+    assert type(adopted) is ours.ArraysCache
+    before = leaves(adopted.state)
+    assert before == leaves(cache.state)
+    # mlx-lm counts in the very arrays that it was given.
+    cache.advance(1)
+    assert leaves(adopted.state) == before
 
 
 def test_a_step_of_an_instance_is_adopted():

@@ -5,9 +5,18 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from .twins import COUNTS, ConcatenateTwins, KVTwins, QuantizedTwins, RotatingTwins
+from .twins_layers import ArraysTwins, ChunkedTwins
 from .twins_quantized import QuantizedRotatingTwins
 
-SEQUENCES = {KVTwins: 200, RotatingTwins: 400, QuantizedTwins: 200, ConcatenateTwins: 100, QuantizedRotatingTwins: 150}
+SEQUENCES = {
+    KVTwins: 200,
+    RotatingTwins: 400,
+    QuantizedTwins: 200,
+    ConcatenateTwins: 100,
+    ChunkedTwins: 100,
+    ArraysTwins: 100,
+    QuantizedRotatingTwins: 150,
+}
 
 
 @pytest.mark.timeout(7200)

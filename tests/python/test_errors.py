@@ -123,10 +123,14 @@ def test_buffers_of_two_lengths_are_noticed_at_the_next_update(make):
 @every_class
 def test_masks_and_trims_refuse_what_is_not_a_count(make):
     cache = feed(make(), 3)
-    for call in (lambda: cache.trim(-1), lambda: cache.make_mask(-1), lambda: cache.make_mask(2, window_size=-1)):
+    negative, wrong = [lambda: cache.trim(-1)], [lambda: cache.trim("1"), lambda: cache.trim(None)]
+    if hasattr(cache, "make_mask"):
+        negative += [lambda: cache.make_mask(-1), lambda: cache.make_mask(2, window_size=-1)]
+        wrong += [lambda: cache.make_mask(1.5), cache.make_mask]
+    for call in negative:
         with pytest.raises(ValueError, match="of at least 0, got -1"):
             call()
-    for call in (lambda: cache.trim("1"), lambda: cache.trim(None), lambda: cache.make_mask(1.5), cache.make_mask):
+    for call in wrong:
         with pytest.raises(TypeError):
             call()
     assert cache.offset == 3
@@ -142,8 +146,8 @@ def test_the_mask_function_refuses_what_is_not_a_count():
 @every_class
 def test_unknown_attributes_are_told(make):
     cache = make()
-    with pytest.raises(AttributeError, match="has no attribute 'chunk_size'"):
-        _ = cache.chunk_size
+    with pytest.raises(AttributeError, match="has no attribute 'size_of_chunk'"):
+        _ = cache.size_of_chunk
     with pytest.raises(AttributeError):
         del cache.offset
     with pytest.raises(AttributeError):

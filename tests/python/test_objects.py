@@ -13,9 +13,7 @@ import pytest
 
 import mlxrs_py.cache
 from mlxrs_py.cache import Cache, KVCache, QuantizedKVCache, QuantizedRotatingKVCache, RotatingKVCache
-from tiny import MAKERS, every_class, feed, leaves, noise, raw
-
-COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "method": lambda cache: cache.copy()}
+from tiny import COPIES, MAKERS, every_class, feed, leaves, noise, raw
 
 
 class Labelled(KVCache):
@@ -356,6 +354,8 @@ def test_the_package_works_without_mlx_lm(tmp_path):
 
 def test_names_are_those_of_mlx_lm():
     assert {
+        "ArraysCache",
+        "ChunkedKVCache",
         "ConcatenateKVCache",
         "KVCache",
         "QuantizedKVCache",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxrs_py.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, QuantizedRotatingKVCache, RotatingKVCache
+from mlxrs_py.cache import (
+    ChunkedKVCache,
+    ConcatenateKVCache,
+    KVCache,
+    QuantizedKVCache,
+    QuantizedRotatingKVCache,
+    RotatingKVCache,
+)
 
 #: Every class with arguments that make one.
 MAKERS: dict[str, Callable[[], Any]] = {
@@ -20,10 +28,14 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "QuantizedKVCache": lambda: QuantizedKVCache(group_size=32, bits=4),
     "QuantizedRotatingKVCache": lambda: QuantizedRotatingKVCache(max_size=8, keep=2, group_size=32, bits=4),
     "ConcatenateKVCache": ConcatenateKVCache,
+    "ChunkedKVCache": lambda: ChunkedKVCache(chunk_size=8),
 }
 #: Classes that format 0.31 has no form for.
 ONLY_032 = {"QuantizedRotatingKVCache"}
 every_class = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+#: Every way to a copy that goes its own way.
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "method": lambda cache: cache.copy()}
 
 
 def noise(n_tokens: int, *, batch: int = 1, heads: int = 2, dim: int = 32, seed: int = 0) -> mx.array:
@@ -115,7 +127,11 @@ class TinyModel(nn.Module):
 
     def attend(self, qkv: mx.array, cache: Any) -> mx.array:
         n_tokens = qkv.shape[1]
-        mask = cache.make_mask(n_tokens, return_array=False, window_size=None)
+        if hasattr(cache, "make_mask"):
+            mask = cache.make_mask(n_tokens, return_array=False, window_size=None)
+        else:  # a chunked cache, handled as llama4 does it
+            cache.maybe_trim_front()
+            mask = mx.arange(cache.size() + n_tokens) <= mx.arange(n_tokens)[:, None] + cache.size()
         q, k, v = (x.reshape(1, n_tokens, 2, 32).transpose(0, 2, 1, 3) for x in mx.split(qkv, 3, axis=-1))
         q, k = self.rope(q, offset=cache.offset), self.rope(k, offset=cache.offset)
         keys, values = cache.update_and_fetch(k, v)

@@ -3,8 +3,8 @@
 use crate::mock::{rows_of, tokens_of};
 use mlxrs_py::array::{Array, Dtype};
 use mlxrs_py::cache::{
-    Cache, ConcatenateKvCache, KvCache, KvTensor, LayerCache, MaskMode, QuantizedKvCache, RotatingKvCache,
-    StandardKvCache,
+    Cache, ChunkedKvCache, ConcatenateKvCache, KvCache, KvTensor, LayerCache, MaskMode, QuantizedKvCache,
+    RotatingKvCache, StandardKvCache,
 };
 
 fn all() -> Vec<Cache> {
@@ -12,6 +12,7 @@ fn all() -> Vec<Cache> {
         Cache::Standard(StandardKvCache::default()),
         Cache::Rotating(RotatingKvCache::new(8, 2).unwrap()),
         Cache::Concatenate(ConcatenateKvCache::default()),
+        Cache::Chunked(ChunkedKvCache::new(8).unwrap()),
     ]
 }
 
@@ -32,7 +33,7 @@ fn mask_rows(mask: MaskMode) -> Vec<Vec<u8>> {
 
 #[test]
 fn every_cache_names_its_class_and_counts_its_tokens() {
-    let names = ["KVCache", "RotatingKVCache", "ConcatenateKVCache"];
+    let names = ["KVCache", "RotatingKVCache", "ConcatenateKVCache", "ChunkedKVCache"];
     for (mut cache, name) in all().into_iter().zip(names) {
         assert_eq!(cache.as_dyn().reference_class_name(), name);
         assert!(cache.as_dyn().is_empty() && cache.as_dyn().nbytes() == 0);
@@ -101,6 +102,21 @@ fn a_ring_returns_its_rows_as_mlx_lm_lays_them() {
     assert_eq!(feed(&mut ring, 0..12), (0..12).collect::<Vec<_>>());
     assert_eq!(feed(&mut ring, 12..13), [0, 1, 12, 7, 8, 9, 10, 11]);
     assert_eq!(feed(&mut ring, 13..16), [0, 1, 8, 9, 10, 11, 12, 13, 14, 15]);
+}
+
+#[test]
+fn a_chunk_drops_its_front_and_keeps_counting() {
+    let mut chunk = ChunkedKvCache::new(4).unwrap();
+    feed(&mut chunk, 0..6);
+    chunk.maybe_trim_front().unwrap();
+    assert_eq!((chunk.offset(), chunk.start_position, chunk.size()), (6, 2, 4));
+    assert_eq!(mask_rows(chunk.make_mask(2, None, true).unwrap()), [[1, 1, 1, 1, 1, 0], [1; 6]]);
+    assert_eq!(feed(&mut chunk, 6..8), [2, 3, 4, 5, 6, 7]);
+    assert_eq!((chunk.trim(99).unwrap(), chunk.offset()), (6, 2));
+    ChunkedKvCache::new(0).unwrap_err();
+    chunk.offset = 1;
+    let rows = rows_of(&[1]);
+    assert!(chunk.update(&rows, &rows).unwrap_err().to_string().contains("start_position <= offset 1"));
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod files;
 mod fuzz;
 mod header;
 mod kill;
+mod layers;
 mod mock;
 mod prefill;
 mod prompt;
