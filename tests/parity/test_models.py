@@ -55,6 +55,13 @@ def run(model, caches):
     return mx.concatenate(windows, axis=1)[0]
 
 
+def same(mine, other):
+    assert mine.classes == {getattr(ours, c.__name__, c) for c in other.classes}
+    assert len(mine.logits) == len(mine.states) == len(other.states) > N_STEPS
+    assert mine.logits == other.logits
+    assert mine.states == other.states
+
+
 def on_both(name, use):
     """Use a model on mlx-lm's caches, and its twin while ours are installed: logits and caches must be the same."""
     other = Watched(name)
@@ -63,18 +70,20 @@ def on_both(name, use):
         mine = Watched(name)
         assert use(mine) == result
     assert not of_theirs
-    assert mine.classes == {getattr(ours, c.__name__, c) for c in other.classes}
-    assert len(mine.logits) == len(mine.states) == len(other.states) > N_STEPS
-    assert mine.logits == other.logits
-    assert mine.states == other.states
+    same(mine, other)
 
 
 @every_shape
 def test_logits_and_states_of_every_window_are_those_with_mlx_lms_caches(name):
-    def use(model):
-        return leaves([run(model, cache.make_prompt_cache(model))])
+    on_both(name, lambda model: leaves([run(model, cache.make_prompt_cache(model))]))
 
-    on_both(name, use)
+
+@every_shape
+def test_logits_and_states_on_adopted_caches_are_those_with_mlx_lms(name):
+    mine, other = Watched(name), Watched(name)
+    run(mine, ours.make_prompt_cache(mine))
+    run(other, cache.make_prompt_cache(other))
+    same(mine, other)
 
 
 @every_shape
