@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self, SupportsIndex
+from typing import Any, ClassVar, Self, SupportsIndex, TypeVar
 
 import mlx.core as mx
 from typing_extensions import disjoint_base
@@ -42,10 +42,13 @@ __all__ = [
     "load_prompt_cache",
     "make_prompt_cache_from_config",
     "prefill",
+    "register",
     "save_prompt_cache",
     "save_prompt_cache_with_size",
     "verify_file",
 ]
+_T = TypeVar("_T")
+
 __version__: str
 
 class MlxrsError(Exception):
@@ -398,6 +401,17 @@ def adopt(caches: Iterable[Any]) -> list[Any]:
 def create_attention_mask(N: int, offset: int, return_array: bool, window_size: int | None) -> Any:  # noqa: N803
     """Make the mask of a cache that keeps every row: None, ``"causal"``, or a bool array (N, offset + N)."""
 
+def register(cls: type[_T]) -> type[_T]:
+    """Let cache files hold caches of a class of yours, under its ``__name__``, and give the class: also as a decorator.
+
+    ``cls`` needs what mlx-lm's classes have: ``state``, a tree of arrays, numbers, texts, None, tuples and lists, and
+    ``from_state(state)``, which makes a cache of it; lists come as tuples. A subclass of ours has both. Files must be
+    loaded where the class is registered too; only format 0.32 holds such caches, and mlx-lm refuses them. A class that
+    is defined anew, with the same name in the same module, takes the place of the old one.
+
+    Errors: TypeError for what is no such class; ValueError if the name is one of mlx-lm's or ours, or another class's.
+    """
+
 def make_prompt_cache_from_config(num_hidden_layers: int, sliding_window: int | None) -> list[Any]:
     """Make one fresh cache per layer: RotatingKVCache(sliding_window, keep=0) if there is a window, else KVCache."""
 
@@ -452,7 +466,7 @@ def load_prompt_cache(file_name: str | PathLike[str], return_metadata: bool = Fa
     """Load the caches of a file that we or mlx-lm wrote, in either format.
 
     Tries the exact name, then with ``.safetensors``. Gives a list, or with ``return_metadata`` a pair (list, dict).
-    Classes that we lack come back as mlx-lm's own.
+    Classes that we lack come back as mlx-lm's own, and registered ones as ``from_state`` makes them.
 
     Errors: CacheFormatError for a file that is damaged or lies, before anything is built; OSError if it cannot be read.
     """

@@ -29,6 +29,7 @@ from mlxrs_py._core import (
     create_attention_mask,
     load_prompt_cache,
     make_prompt_cache_from_config,
+    register,
     save_prompt_cache,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "create_attention_mask",
     "load_prompt_cache",
     "make_prompt_cache",
+    "register",
     "save_prompt_cache",
     "trim_prompt_cache",
 ]

@@ -3,9 +3,11 @@
 //! Nine classes are mlx-lm's, and the numbers those of mlx-lm 0.32.2; two are ours, for what mlx-lm cannot quantize. Rows are the entries of axis 2 of keys and values `(B, H, L, D)`: one per token.
 
 mod check;
+mod registry;
 mod rows;
 
 pub use check::{MAX_OFFSET, check, check_layers};
+pub use registry::{MAX_NAME, register};
 pub use rows::{Rows, map_arrays, n_rows};
 
 use super::state::State;
@@ -15,6 +17,10 @@ use std::path::Path;
 
 /// How deep `CacheList`s may stand in each other; models have one level.
 pub const MAX_DEPTH: usize = 8;
+/// How deep lists may stand in each other in the state of a registered class.
+pub const MAX_LEVELS: usize = 64;
+/// Letters that a text in the state of a registered class may have.
+pub const MAX_STATE_TEXT: usize = 1 << 20;
 
 /// Characters of a key or value that an error repeats.
 const MAX_SHOWN: usize = 160;
@@ -117,6 +123,8 @@ pub enum Rule {
     Slots,
     /// The state is a list of children, each a pair of its state and its class name.
     Children,
+    /// The state is any tree: the class is a registered one.
+    Any,
 }
 
 /// A cache class.
@@ -143,7 +151,7 @@ const PACKED_VALUES: Field = field("values", Kind::Packed, V031::Tensor);
 const OFFSETS: Field = field("offset", Kind::PerSequence, V031::Tensor);
 const LEFT_PADDING: Field = field("left_padding", Kind::PerSequence, V031::Tensor);
 
-/// The classes; a file that names another one is refused.
+/// The classes; a file that names another one, which is not [registered](register) either, is refused.
 pub static CLASSES: [Class; 11] = [
     Class {
         name: "KVCache",
@@ -253,9 +261,9 @@ pub static CLASSES: [Class; 11] = [
 ];
 
 impl Class {
-    /// The class that mlx-lm calls `name`.
+    /// The class called `name`: mlx-lm's, ours, or a registered one.
     pub fn find(name: &str) -> Option<&'static Self> {
-        CLASSES.iter().find(|class| class.name == name)
+        CLASSES.iter().find(|class| class.name == name).or_else(|| registry::find(name))
     }
 
     /// The class that `key` names.
@@ -278,7 +286,7 @@ impl Class {
 
     /// True if keys and values are the first two entries.
     pub const fn has_rows(&self) -> bool {
-        !matches!(self.rule, Rule::Slots | Rule::Children)
+        !matches!(self.rule, Rule::Slots | Rule::Children | Rule::Any)
     }
 
     /// Number of `meta_state` strings in format 0.31.
@@ -295,7 +303,7 @@ impl Class {
             Rule::Ring => count(2).min(len),
             Rule::BatchRing if matches!(fields.get(7), Some(State::Bool(true))) => len,
             Rule::BatchRing => count(6),
-            Rule::All | Rule::Slots | Rule::Children => len,
+            Rule::All | Rule::Slots | Rule::Children | Rule::Any => len,
         }
     }
 

@@ -1,15 +1,17 @@
 //! Saving and loading cache files.
 
 use super::cache_to_python;
-use super::foreign::{adopt_one, cache_state};
+use super::foreign::cache_state;
+use super::registry;
 use super::tree::to_python;
 use crate::array::Array;
-use crate::cache::{Cache, CacheState};
+use crate::cache::{Cache, CacheState, State};
+use crate::error::Error;
 use crate::persist::{CacheFile, Format, SaveOptions, Saved, check_metadata, write_states};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyImportError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyString};
+use pyo3::types::{PyDict, PyList, PyString, PyTuple};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -92,8 +94,12 @@ pub(super) fn load_prompt_cache(
     file_name: PathBuf,
     return_metadata: bool,
 ) -> PyResult<Bound<'_, PyAny>> {
-    let (states, metadata) = py.detach(|| CacheFile::open(&file_name)?.read())?;
-    let caches = states.into_iter().map(|state| build(py, state)).collect::<PyResult<Vec<_>>>()?;
+    let (path, (states, metadata)) = py.detach(|| {
+        let file = CacheFile::open(&file_name)?;
+        Ok::<_, Error>((file.path().to_owned(), file.read()?))
+    })?;
+    let one = |(layer, state): (usize, _)| build(py, &path, &layer.to_string(), state);
+    let caches = states.into_iter().enumerate().map(one).collect::<PyResult<Vec<_>>>()?;
     let caches = PyList::new(py, caches)?;
     if return_metadata {
         let metadata = nested(py, metadata.iter().map(|(key, text)| (key.as_str(), text.as_str())).collect(), 0)?;
@@ -130,8 +136,13 @@ fn nested<'py>(py: Python<'py>, flat: BTreeMap<&str, &str>, depth: usize) -> PyR
     }
 }
 
-/// A cache of our class of that name, or of mlx-lm's where we have none yet, with children of ours where we have those.
-fn build(py: Python<'_>, state: CacheState<Array>) -> PyResult<Bound<'_, PyAny>> {
+/// A cache of a registered class, of ours, or of mlx-lm's where we have none yet; a list has children of the same kinds.
+/// `key` is its place in the file at `path`.
+fn build<'py>(py: Python<'py>, path: &Path, key: &str, state: CacheState<Array>) -> PyResult<Bound<'py, PyAny>> {
+    let state = match registry::build(py, path, key, state)? {
+        Ok(cache) => return Ok(cache),
+        Err(state) => state,
+    };
     if Cache::of_class(&state.class).is_some() {
         return cache_to_python(py, Cache::from_state(state)?);
     }
@@ -142,5 +153,22 @@ fn build(py: Python<'_>, state: CacheState<Array>) -> PyResult<Bound<'_, PyAny>>
         import.set_cause(py, Some(error));
         import
     })?;
-    adopt_one(module.getattr(state.class.as_str())?.call_method1("from_state", (to_python(py, state.state)?,))?)
+    let class = module.getattr(state.class.as_str())?;
+    match state.state {
+        State::List(children) if state.class == "CacheList" => {
+            let child = |(at, child)| build_child(py, path, &format!("{key}.{at}"), child);
+            let children = children.into_iter().enumerate().map(child).collect::<PyResult<Vec<_>>>()?;
+            class.call1(PyTuple::new(py, children)?)
+        }
+        state => class.call_method1("from_state", (to_python(py, state)?,)),
+    }
+}
+
+/// A child of a list, from its state and its class name.
+fn build_child<'py>(py: Python<'py>, path: &Path, key: &str, child: State<Array>) -> PyResult<Bound<'py, PyAny>> {
+    let parts = if let State::List(parts) = child { <[_; 2]>::try_from(parts).ok() } else { None };
+    match parts {
+        Some([state, State::Str(class)]) => build(py, path, key, CacheState { class, state }),
+        _ => Err(Error::format(path, key, "a child's state and its class name", "something else").into()),
+    }
 }

@@ -3,10 +3,11 @@
 use super::base::PyCache;
 use super::bridge::PyArray;
 use super::cache_to_python;
+use super::registry;
 use super::tree::from_python;
 use crate::array::Array;
 use crate::cache::{Cache, CacheState, Checkpoint, State};
-use pyo3::exceptions::{PyAttributeError, PyTypeError};
+use pyo3::exceptions::{PyAttributeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple, PyType};
 
@@ -19,17 +20,33 @@ pub(super) fn is_reference(class: &Bound<'_, PyType>, names: &[&str]) -> PyResul
     Ok(names.contains(&name.to_str()?) && class.module()? == REFERENCE)
 }
 
-/// Class name and state of any cache that has mlx-lm's `state`.
+/// Class name and state of any cache that has mlx-lm's `state`: a registered class's own, and of a subclass of ours that
+/// is not registered those of the class that it extends.
 pub(super) fn cache_state(cache: &Bound<'_, PyAny>) -> PyResult<CacheState<Array>> {
+    if let Some(registered) = registry::cache_state(cache)? {
+        return Ok(registered);
+    }
     if let Ok(own) = cache.cast::<PyCache>() {
+        let class = cache.get_type();
+        // What Python code puts in the place of ours is no such descriptor.
+        if class.getattr("state")?.get_type().name()? != "getset_descriptor" {
+            let message = format!("expected a class that is registered or has the state of its base, got {class}");
+            return Err(PyValueError::new_err(message));
+        }
         return own.get().cache_state();
     }
-    let class = cache.get_type().name()?.to_str()?.to_owned();
+    Ok(CacheState { class: cache.get_type().name()?.extract()?, state: foreign_state(cache)? })
+}
+
+/// The state of a cache of another class.
+fn foreign_state(cache: &Bound<'_, PyAny>) -> PyResult<State<Array>> {
     let state = cache.getattr("state").map_err(|error| {
-        let is_absent = error.is_instance_of::<PyAttributeError>(cache.py());
-        if is_absent { PyTypeError::new_err(format!("expected a cache with a state, got {class}")) } else { error }
+        if !error.is_instance_of::<PyAttributeError>(cache.py()) {
+            return error;
+        }
+        PyTypeError::new_err(format!("expected a cache with a state, got {}", cache.get_type()))
     })?;
-    Ok(CacheState { class, state: from_python(&state)? })
+    from_python(&state)
 }
 
 /// Replaces mlx-lm's caches by ours with the same parameters, tokens and buffers, which are shared until one of the
@@ -71,7 +88,7 @@ pub(super) fn collect_arrays(cache: &Bound<'_, PyAny>, arrays: &mut Vec<Array>) 
     if let Ok(children) = cache.getattr("caches") {
         return children.try_iter()?.try_for_each(|child| collect_arrays(&child?, arrays));
     }
-    cache_state(cache)?.state.for_each_array(&mut |array| arrays.push(array.clone()));
+    foreign_state(cache)?.for_each_array(&mut |array| arrays.push(array.clone()));
     Ok(())
 }
 

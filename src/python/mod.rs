@@ -22,6 +22,7 @@ mod models;
 mod prefill;
 mod quantized;
 mod quantized_rotating;
+mod registry;
 mod rotating;
 mod tokens;
 mod tree;

@@ -1,7 +1,7 @@
 //! Caches and files made out of choices, without any array: for round trips and for fuzzing.
 
 use mlxrs_py::array::Dtype;
-use mlxrs_py::cache::schema::Described;
+use mlxrs_py::cache::schema::{self, Described};
 use mlxrs_py::cache::state::{CacheState, State};
 use mlxrs_py::persist::header::{self, Header, TensorInfo};
 use mlxrs_py::persist::wire::{self, Decoded, Encoded, Format, Leaf};
@@ -150,8 +150,8 @@ pub fn cache(choose: &mut dyn Choose, padding: Padding, depth: usize) -> CacheSt
     let rows = (choose.below(5) != 4).then_some(used + spare);
     let used = rows.map_or(0, |_| used);
     let sequences = || vec![array(Dtype::I32, &[sizes.batch]), array(Dtype::I32, &[sizes.batch])];
-    // Only format 0.32 has the last two; lists are not nested without end.
-    let kinds = if padding == Padding::Kept { 11 } else { 9 };
+    // Only format 0.32 has the last three; lists are not nested without end.
+    let kinds = if padding == Padding::Kept { 12 } else { 9 };
     match choose.below(kinds) {
         0 => list("KVCache", [sizes.pair(rows), vec![int(used)]].concat()),
         1 => {
@@ -204,12 +204,32 @@ pub fn cache(choose: &mut dyn Choose, padding: Padding, depth: usize) -> CacheSt
             let packed = sizes.packed(rows, group_size, bits);
             list("BatchQuantizedKVCache", [packed, sequences(), numbers.into()].concat())
         }
+        11 => {
+            schema::register(REGISTERED).expect("a free name");
+            CacheState { class: REGISTERED.into(), state: tree(choose, 0) }
+        }
         _ if depth == 3 => list("ConcatenateKVCache", sizes.pair(rows)),
         _ => {
             let child = |child: CacheState<Form>| State::List(vec![child.state, State::Str(child.class)]);
             let children = (0..choose.below(3)).map(|_| child(cache(choose, padding, depth + 1))).collect();
             list("CacheList", children)
         }
+    }
+}
+
+/// The name of a registered class.
+pub const REGISTERED: &str = "Registered";
+
+/// Any state of a registered class.
+fn tree(choose: &mut dyn Choose, level: usize) -> State<Form> {
+    match choose.below(if level < 3 { 8 } else { 6 }) {
+        0 => State::None,
+        1 => array([Dtype::F32, Dtype::I32][choose.below(2)], &[2, 0, 3][..choose.below(4)]),
+        2 => int(choose.below(1 << 40)),
+        3 => State::Bool(choose.flip()),
+        4 => State::Float(choose.below(9) as f32 / 4.0),
+        5 => State::Str(["", "ü 漢字", "KVCache"][choose.below(3)].into()),
+        _ => State::List((0..choose.below(4)).map(|_| tree(choose, level + 1)).collect()),
     }
 }
 
@@ -284,7 +304,7 @@ pub fn load(file: &[u8]) -> mlxrs_py::Result<Decoded> {
 /// Decodes the bytes of a file whose header has been read, and whose data begins at `data`.
 pub fn decode(file: &[u8], header: &Header, data: usize) -> mlxrs_py::Result<Decoded> {
     wire::decode(Path::new(NAME), header, &mut |info| {
-        assert!(info.n_bytes() <= 8 * wire::MAX_TEXT as u64, "only small tensors are read: {info:?}");
+        assert!(info.n_bytes() <= 8 * schema::MAX_STATE_TEXT as u64, "only small tensors are read: {info:?}");
         Ok(file[data + info.start as usize..data + info.end as usize].to_vec())
     })
 }

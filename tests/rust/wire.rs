@@ -3,5 +3,6 @@
 mod read;
 mod reference;
 mod refused;
+mod registered;
 pub mod samples;
 mod written;

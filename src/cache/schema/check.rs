@@ -1,6 +1,6 @@
 //! Whether a state is one that the class can reach: kinds, shapes, dtypes, and numbers against each other.
 
-use super::{Class, Described, Fault, Kind, MAX_DEPTH, Rule, count};
+use super::{Class, Described, Fault, Kind, MAX_DEPTH, MAX_LEVELS, MAX_STATE_TEXT, Rule, count};
 use crate::array::Dtype;
 use crate::cache::scheme::{BITS, GROUP_SIZES};
 use crate::cache::state::{CacheState, State};
@@ -42,6 +42,9 @@ fn check_state<T: Described>(
 ) -> Result<(), Fault> {
     let class = Class::named(name, name_key)?;
     let whole = if key.is_empty() { "state" } else { key };
+    if class.rule == Rule::Any {
+        return check_any(state, whole, 0);
+    }
     let State::List(items) = state else {
         return Err(Fault::new(whole, format!("the state of a {name}, a tuple"), describe(state)));
     };
@@ -59,6 +62,22 @@ fn check_state<T: Described>(
     }
     let checked = Checked { class, items, key };
     if class.has_rows() { checked.check_rows() } else { Ok(()) }
+}
+
+/// Checks any state of a registered class.
+fn check_any<T>(state: &State<T>, key: &str, level: usize) -> Result<(), Fault> {
+    match state {
+        State::List(_) if level == MAX_LEVELS => {
+            Err(Fault::new(key, format!("at most {MAX_LEVELS} lists in each other"), "one more"))
+        }
+        State::List(items) => {
+            items.iter().enumerate().try_for_each(|(at, item)| check_any(item, &join(key, at), level + 1))
+        }
+        State::Str(text) if text.chars().nth(MAX_STATE_TEXT).is_some() => {
+            Err(Fault::new(key, format!("a text of at most {MAX_STATE_TEXT}"), format!("{} bytes", text.len())))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_children<T: Described>(children: &[State<T>], key: &str, depth: usize) -> Result<(), Fault> {
@@ -153,7 +172,7 @@ impl<T: Described> Checked<'_, T> {
             Rule::Chunk => self.check_chunk(len.unwrap_or(0)),
             Rule::Ring => self.check_ring(len),
             Rule::BatchRing => self.check_batch_ring(len),
-            Rule::All | Rule::Slots | Rule::Children => Ok(()),
+            Rule::All | Rule::Slots | Rule::Children | Rule::Any => Ok(()),
         }
     }
 

@@ -166,7 +166,8 @@ fn in_memory(fault: &Fault) -> Error {
 
 /// Reads caches and user metadata out of the header of the file at `path`.
 ///
-/// `read` gives the bytes of a tensor; it is only asked for numbers and class names, of at most [`MAX_TEXT`] elements.
+/// `read` gives the bytes of a tensor; it is only asked for numbers and texts: class names of at most [`MAX_TEXT`] elements, and those of
+/// registered classes.
 ///
 /// # Errors
 /// [`Error::Format`] for the first thing that is not as the format asks, or the error of `read`.

@@ -2,14 +2,14 @@
 
 use super::super::header::{Header, TensorInfo};
 use crate::array::Dtype;
-use crate::cache::schema::{Class, Fault, MAX_DEPTH};
+use crate::cache::schema::{self, Class, Fault, MAX_DEPTH};
 use crate::cache::state::State;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Code points of the longest text that is read; the longest class name has 20.
-pub const MAX_TEXT: usize = 64;
+/// Code points of the longest class name that is read.
+pub const MAX_TEXT: usize = schema::MAX_NAME;
 
 pub(super) struct Source<'a> {
     path: &'a Path,
@@ -39,6 +39,12 @@ impl<'a> Source<'a> {
     /// True if a tensor that nobody asked for yet has this key.
     pub fn has(&self, key: &str) -> bool {
         self.tensors.contains_key(key)
+    }
+
+    /// True if such a tensor has a key that goes on behind this one.
+    pub fn has_below(&self, key: &str) -> bool {
+        let prefix = format!("{key}.");
+        self.tensors.range(prefix.as_str()..).next().is_some_and(|(name, _)| name.starts_with(&prefix))
     }
 
     pub fn peek(&self, key: &str) -> Option<&'a TensorInfo> {
@@ -112,13 +118,13 @@ impl<'a> Source<'a> {
         Ok(state)
     }
 
-    /// The text that a tensor of code points holds.
-    pub fn text(&mut self, info: &TensorInfo) -> Result<String> {
-        let fits = matches!(info.shape.as_slice(), &[n] if n <= MAX_TEXT);
+    /// The text of at most `limit` that a tensor of code points holds.
+    pub fn text(&mut self, info: &TensorInfo, limit: usize) -> Result<String> {
+        let fits = matches!(info.shape.as_slice(), &[n] if n <= limit);
         if !fits {
             return Err(self.refuse(
                 &info.name,
-                format!("a text of at most {MAX_TEXT}"),
+                format!("a text of at most {limit}"),
                 format!("shape {:?}", info.shape),
             ));
         }

@@ -68,12 +68,11 @@ pub(super) fn encode<T: Described>(layers: Vec<CacheState<T>>, user: &BTreeMap<S
 
 impl<T: Described> Encoded<T> {
     fn put_cache(&mut self, place: &Place, name: &str, state: State<T>) -> Result<()> {
-        // The schema has checked the states; what does not fit here has no entries.
-        let (Some(class), State::List(items)) = (Class::find(name), state) else { return Ok(()) };
-        if !class.in_v031 {
-            let expected = format!("layer {}: a class that format 0.31 has, or format 0.32", place.tensors);
-            return Err(Error::value(SAVE, expected, class.name));
-        }
+        let class = Class::find(name).filter(|class| class.in_v031).ok_or_else(|| {
+            Error::value(SAVE, format!("layer {}: a class that format 0.31 has, or format 0.32", place.tensors), name)
+        })?;
+        // The schema has checked the states; what is no list here has no entries.
+        let State::List(items) = state else { return Ok(()) };
         match class.rule {
             Rule::Children => self.put_children(place, items),
             Rule::Slots => self.put_slots(place, items),

@@ -6,13 +6,14 @@
 //! mlx-lm writes nothing at all for an empty list, so that a `CacheList` without children vanishes if it is the last
 //! layer, and its reader returns fewer layers. Here an empty list is written as an empty *string*, which mlx-lm
 //! reads as a sequence without entries: a `CacheList` without children, or an `ArraysCache` without slots. Both
-//! spellings are read.
+//! spellings are read. The state of a registered class may hold both: there an empty string is F32, as mlx-lm writes it,
+//! and an empty list I32.
 
 use super::super::header::TensorInfo;
-use super::source::{Source, metadata_key};
+use super::source::{MAX_TEXT, Source, metadata_key};
 use super::{Encoded, Leaf};
 use crate::array::Dtype;
-use crate::cache::schema::{Class, Kind, Rule};
+use crate::cache::schema::{Class, Kind, MAX_LEVELS, MAX_STATE_TEXT, Rule};
 use crate::cache::state::{CacheState, State};
 use crate::error::Result;
 use std::collections::BTreeMap;
@@ -48,7 +49,10 @@ impl<T> Encoder<T> {
             State::Bool(value) => self.stand_in(key, "scalar", number(Dtype::Bool, &[value.into()])),
             State::Float(value) => self.stand_in(key, "scalar", number(Dtype::F32, &value.to_le_bytes())),
             State::None => self.stand_in(key, "none", Leaf::nothing()),
-            State::List(items) if items.is_empty() => self.stand_in(key, "string", Leaf::nothing()),
+            State::List(items) if items.is_empty() => {
+                self.stand_in(key, "string", Leaf::Scalar { dtype: Dtype::I32, shape: vec![0], bytes: Vec::new() });
+            }
+            State::Str(text) if text.is_empty() => self.stand_in(key, "string", Leaf::nothing()),
             State::Str(text) => {
                 let bytes: Vec<u8> = text.chars().flat_map(|point| u32::from(point).to_le_bytes()).collect();
                 let shape = vec![bytes.len() / Dtype::I32.size()];
@@ -116,8 +120,10 @@ struct Decoder<'a, 'b> {
 impl Decoder<'_, '_> {
     /// The state of a class whose entries lie below `key`.
     fn state(&mut self, class: &'static Class, key: &str, depth: usize) -> Result<State<TensorInfo>> {
-        if class.rule == Rule::Children {
-            return self.children(key, depth);
+        match class.rule {
+            Rule::Children => return self.children(key, depth),
+            Rule::Any => return self.any(key, 0)?.ok_or_else(|| self.source.missing(key, "state", class)),
+            _ => {}
         }
         let fields = class.fields.iter().enumerate().map(|(at, field)| {
             let key = format!("{key}.{at}");
@@ -154,6 +160,28 @@ impl Decoder<'_, '_> {
         }
     }
 
+    /// Whatever stands at `key` and below; None if nothing does.
+    fn any(&mut self, key: &str, level: usize) -> Result<Option<State<TensorInfo>>> {
+        if self.source.has(key) {
+            let empty_list = self.source.peek(key).is_some_and(|info| info.dtype == Dtype::I32 && info.shape == [0]);
+            return self.leaf_of(key, MAX_STATE_TEXT).map(|leaf| match leaf {
+                Some(State::Str(_)) if empty_list => Some(State::List(Vec::new())),
+                leaf => leaf,
+            });
+        }
+        if !self.source.has_below(key) {
+            return Ok(None);
+        }
+        if level == MAX_LEVELS {
+            return Err(self.source.refuse(key, format!("at most {MAX_LEVELS} lists in each other"), "one more"));
+        }
+        let mut items = Vec::new();
+        while let Some(item) = self.any(&format!("{key}.{}", items.len()), level + 1)? {
+            items.push(item);
+        }
+        Ok(Some(State::List(items)))
+    }
+
     /// A list of leaves, up to the first number that is missing.
     fn items(&mut self, key: &str) -> Result<State<TensorInfo>> {
         let mut items = Vec::new();
@@ -165,11 +193,16 @@ impl Decoder<'_, '_> {
 
     /// What the tensor at `key` stands for; None if there is none.
     fn leaf(&mut self, key: &str) -> Result<Option<State<TensorInfo>>> {
+        self.leaf_of(key, MAX_TEXT)
+    }
+
+    /// The same, with texts of at most `max_text`.
+    fn leaf_of(&mut self, key: &str, max_text: usize) -> Result<Option<State<TensorInfo>>> {
         let Some(info) = self.source.take(key) else { return Ok(None) };
         Ok(Some(match self.table.get(key).copied() {
             None => State::Array(info.clone()),
             Some("scalar") => self.source.scalar(info)?,
-            Some("string") => State::Str(self.source.text(info)?),
+            Some("string") => State::Str(self.source.text(info, max_text)?),
             // Only "none" is left.
             Some(_) if info.n_bytes() == 0 => State::None,
             Some(_) => {
