@@ -20,7 +20,7 @@ fn exercise(file: &[u8], decoded: Decoded) {
     let user = user.into_iter().filter(|(key, _)| key.chars().all(char::is_alphabetic) && !key.is_empty()).collect();
     let states = forms(decoded);
     let again = save(Format::V032, &states, &user).expect("what loads can be saved");
-    assert_eq!(forms(load(&again).expect("what is saved can be loaded")), states);
+    recast::assert_same(&forms(load(&again).expect("what is saved can be loaded")), &states);
 }
 
 #[derive(Debug, Default)]

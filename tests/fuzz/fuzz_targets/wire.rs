@@ -17,6 +17,8 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(decoded) = load(&file) {
         let states = forms(decoded);
         let again = save(Format::V032, &states, &BTreeMap::new()).expect("what loads can be saved");
-        assert_eq!(forms(load(&again).expect("what is saved can be loaded")), states);
+        // As texts: a NaN is equal to itself.
+        let loaded = forms(load(&again).expect("what is saved can be loaded"));
+        assert_eq!(format!("{loaded:?}"), format!("{states:?}"));
     }
 });
