@@ -18,6 +18,7 @@ __all__ = [
     "AttentionCache",
     "Cache",
     "CacheFormatError",
+    "CacheList",
     "ChunkedKVCache",
     "ConcatenateKVCache",
     "KVCache",
@@ -45,6 +46,7 @@ __all__ = [
     "register",
     "save_prompt_cache",
     "save_prompt_cache_with_size",
+    "trim_prompt_cache",
     "verify_file",
 ]
 _T = TypeVar("_T")
@@ -292,6 +294,50 @@ class ArraysCache(Cache):
     def merge(cls, caches: Iterable[Any]) -> Self:
         """Make one batch of caches of one sequence each; slots that one of them lacks are zeros there."""
 
+@disjoint_base
+class CacheList(Cache):
+    """Several caches of one layer, of any class, ours or not: by index, or in `caches`.
+
+    The children are the very objects that were put in. What is asked of the list is asked of each of them; if one
+    raises, those of our classes and mlx-lm's are as they were before. ``state`` is a list of pairs (state, class name).
+    """
+
+    def __init__(self, *caches: Any) -> None:
+        """Hold these caches. ValueError for a list inside of itself, or more than 8 levels of lists."""
+    @property
+    def caches(self) -> tuple[Any, ...]:
+        """The children."""
+    @caches.setter
+    def caches(self, value: Iterable[Any]) -> None: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+    @property
+    def state(self) -> Any:
+        """Pairs of each child's state and the name of its class. Setting it makes new children, of our classes."""
+    @state.setter
+    def state(self, value: Any) -> None: ...
+    def size(self) -> int:
+        """Give the largest size of a child; 0 without children."""
+    def empty(self) -> bool:
+        """Tell whether the first child is empty; True without children."""
+    def trim(self, n: int) -> int:
+        """Take back up to ``n`` of the newest tokens of every child, and give how many: the same number for all.
+
+        ValueError if ``n`` is negative, or if a child cannot be trimmed.
+        """
+    def filter(self, batch_indices: Any) -> None:
+        """Keep the sequences at these places."""
+    def extend(self, other: Any) -> None:
+        """Append the sequences of another list, child by child. ValueError for another number of children."""
+    def extract(self, idx: Any) -> CacheList:
+        """Give a list with the sequence at this place alone."""
+    def prepare(self, **arguments: Any) -> None:
+        """Hand the arguments to every child."""
+    def finalize(self) -> None:
+        """Tell every child that what was prepared is done."""
+    @classmethod
+    def merge(cls, caches: Iterable[Any]) -> Self:
+        """Make a list of the children merged, each with its like. ValueError unless all have the same number."""
+
 @dataclass
 class PromptTrieResult:
     """What a PromptTrie has for a query. If the query itself is stored, the other fields say nothing."""
@@ -395,7 +441,7 @@ class LRUPromptCache:
 def adopt(caches: Iterable[Any]) -> list[Any]:
     """Replace mlx-lm's caches by ours with the same parameters, tokens and buffers; others stay.
 
-    Memory is shared until one of the two writes. Caches inside a CacheList are replaced in place.
+    Memory is shared until one of the two writes. The children of a CacheList are adopted with it.
     """
 
 def create_attention_mask(N: int, offset: int, return_array: bool, window_size: int | None) -> Any:  # noqa: N803
@@ -428,6 +474,15 @@ def prefill(
     progress: Callable[[int, int], object] | None = None,
 ) -> mx.array:
     """Run tokens through a model in windows; see ``mlxrs_py.prefill``."""
+
+def trim_prompt_cache(cache: Iterable[Any], num_tokens: int) -> int:
+    """Take back the newest tokens of every cache, and give how many: the same number for all of them.
+
+    If one cache cannot be trimmed nothing changes and 0 is returned. If the caches hold different numbers of tokens,
+    the shortest one limits all (mlx-lm trims each as far as it goes and gives the first one's count).
+
+    Errors: ValueError if ``num_tokens`` is negative.
+    """
 
 def save_prompt_cache(
     file_name: str | PathLike[str],

@@ -7,7 +7,7 @@ unless a name says bytes. What differs from mlx-lm on purpose stands in docs/par
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from mlxrs_py._core import (
     ArraysCache,
     AttentionCache,
     Cache,
+    CacheList,
     ChunkedKVCache,
     ConcatenateKVCache,
     KVCache,
@@ -31,6 +32,7 @@ from mlxrs_py._core import (
     make_prompt_cache_from_config,
     register,
     save_prompt_cache,
+    trim_prompt_cache,
 )
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "AttentionCache",
     "Cache",
     "CacheConfig",
+    "CacheList",
     "ChunkedKVCache",
     "ConcatenateKVCache",
     "KVCache",
@@ -103,30 +106,3 @@ def make_prompt_cache(model: Any, max_kv_size: int | None = None) -> list[Any]:
 def can_trim_prompt_cache(cache: Iterable[Any]) -> bool:
     """Tell whether every cache can take back its newest tokens."""
     return all(c.is_trimmable() for c in cache)
-
-
-def trim_prompt_cache(cache: Sequence[Any], num_tokens: int) -> int:
-    """Take back the newest tokens of every cache, and give how many: the same number for all of them.
-
-    If one cache cannot be trimmed nothing changes and 0 is returned. If the caches hold different numbers of tokens,
-    the shortest one limits all (mlx-lm trims each as far as it goes and gives the first one's count).
-
-    Raises:
-        ValueError: If ``num_tokens`` is negative.
-
-    """
-    if num_tokens < 0:
-        raise ValueError(f"trim_prompt_cache: expected num_tokens of at least 0, got {num_tokens}")
-    if not cache or not can_trim_prompt_cache(cache):
-        return 0
-    n_tokens = min(num_tokens, *(_held_tokens(c) for c in cache))
-    for c in cache:
-        c.trim(n_tokens)
-    return n_tokens
-
-
-def _held_tokens(cache: Any) -> int:
-    """Count the tokens that a cache holds; a list of caches and a batch have no single offset."""
-    offset = getattr(cache, "offset", None)
-    # A chunked cache has dropped what comes before its start.
-    return offset - getattr(cache, "start_position", 0) if isinstance(offset, int) else cache.size()

@@ -135,6 +135,7 @@ impl LayerCache for ChunkedKvCache {
                     *self = cache;
                 }
             }
+            CheckpointKind::Children(_) => {}
         }
     }
 

@@ -3,6 +3,7 @@
 mod arrays;
 mod chunked;
 mod concatenate;
+mod list;
 pub mod mask;
 pub mod plan;
 mod quantized;
@@ -17,6 +18,7 @@ mod traits;
 pub use arrays::ArraysCache;
 pub use chunked::ChunkedKvCache;
 pub use concatenate::ConcatenateKvCache;
+pub use list::{ListCache, Member, cannot_trim, trim_all};
 pub use mask::MaskMode;
 pub use quantized::QuantizedKvCache;
 pub use rotating::RotatingKvCache;
@@ -50,6 +52,8 @@ pub enum Cache {
     Chunked(ChunkedKvCache),
     /// Recurrent states.
     Arrays(ArraysCache),
+    /// Several caches of one layer.
+    List(ListCache),
 }
 
 impl Cache {
@@ -62,6 +66,7 @@ impl Cache {
             Self::Concatenate(cache) => cache,
             Self::Chunked(cache) => cache,
             Self::Arrays(cache) => cache,
+            Self::List(cache) => cache,
         }
     }
 
@@ -74,6 +79,7 @@ impl Cache {
             Self::Concatenate(cache) => cache,
             Self::Chunked(cache) => cache,
             Self::Arrays(cache) => cache,
+            Self::List(cache) => cache,
         }
     }
 
@@ -88,7 +94,7 @@ impl Cache {
             Self::Quantized(cache) => cache,
             Self::Concatenate(cache) => cache,
             Self::Chunked(cache) => cache,
-            Self::Arrays(_) => return Err(no_keys(self)),
+            Self::Arrays(_) | Self::List(_) => return Err(no_keys(self)),
         })
     }
 
@@ -103,7 +109,7 @@ impl Cache {
             Self::Quantized(cache) => cache,
             Self::Concatenate(cache) => cache,
             Self::Chunked(cache) => cache,
-            Self::Arrays(_) => return Err(no_keys(self)),
+            Self::Arrays(_) | Self::List(_) => return Err(no_keys(self)),
         })
     }
 
@@ -114,7 +120,7 @@ impl Cache {
             Self::Rotating(cache) => cache.step,
             Self::Quantized(cache) => cache.step,
             Self::Chunked(cache) => cache.step,
-            Self::Concatenate(_) | Self::Arrays(_) => STEP,
+            Self::Concatenate(_) | Self::Arrays(_) | Self::List(_) => STEP,
         }
     }
 
@@ -126,7 +132,7 @@ impl Cache {
             Self::Rotating(cache) => cache.step = step,
             Self::Quantized(cache) => cache.step = step,
             Self::Chunked(cache) => cache.step = step,
-            Self::Concatenate(_) | Self::Arrays(_) => {}
+            Self::Concatenate(_) | Self::Arrays(_) | Self::List(_) => {}
         }
     }
 
@@ -140,6 +146,7 @@ impl Cache {
             "ConcatenateKVCache" => Self::Concatenate(ConcatenateKvCache::default()),
             "ChunkedKVCache" => Self::Chunked(ChunkedKvCache::unset()),
             "ArraysCache" => Self::Arrays(ArraysCache::default()),
+            "CacheList" => Self::List(ListCache::default()),
             _ => return None,
         })
     }

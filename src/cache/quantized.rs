@@ -105,6 +105,7 @@ impl LayerCache for QuantizedKvCache {
                     *self = cache;
                 }
             }
+            CheckpointKind::Children(_) => {}
         }
     }
 

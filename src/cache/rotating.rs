@@ -200,6 +200,7 @@ impl LayerCache for RotatingKvCache {
                     *self = cache;
                 }
             }
+            CheckpointKind::Children(_) => {}
         }
     }
 

@@ -108,6 +108,7 @@ impl LayerCache for StandardKvCache {
                     *self = cache;
                 }
             }
+            CheckpointKind::Children(_) => {}
         }
     }
 

@@ -44,6 +44,11 @@ pub trait LayerCache {
     /// Tokens whose rows are held; 0 for a cache that holds no rows.
     fn size(&self) -> usize;
 
+    /// Tokens that [`trim`](Self::trim) could take back, if the cache is trimmable.
+    fn n_held(&self) -> usize {
+        self.size()
+    }
+
     /// True if the newest tokens can be taken back.
     fn is_trimmable(&self) -> bool {
         true
@@ -131,6 +136,8 @@ pub(super) enum CheckpointKind {
     Offset(usize),
     /// The update replaces rows: the cache as it was.
     Whole(Box<Cache>),
+    /// A list: each child's own.
+    Children(Vec<Checkpoint>),
 }
 
 impl Checkpoint {

@@ -1,6 +1,7 @@
 //! `Cache`: what every Python cache class has.
 
 use super::bridge::set_plain_attribute;
+use super::list::PyCacheList;
 use super::tree::{from_python, to_python};
 use crate::cache::{Cache, CacheState, KvCache, LayerCache};
 use crate::error::{Error, Result};
@@ -70,6 +71,11 @@ impl PyCache {
 /// The cache inside an object of a subclass.
 pub(super) fn base<'a>(object: &'a Bound<'_, PyAny>) -> PyResult<&'a PyCache> {
     Ok(object.cast::<PyCache>()?.get())
+}
+
+/// The cache inside an object of ours; None for other classes, and for a list, whose children are Python's.
+pub(super) fn own<'a>(object: &'a Bound<'_, PyAny>) -> Option<&'a PyCache> {
+    if object.is_instance_of::<PyCacheList>() { None } else { object.cast::<PyCache>().ok().map(Bound::get) }
 }
 
 /// A count that must not be negative.

@@ -2,6 +2,7 @@
 
 use super::cache_to_python;
 use super::foreign::cache_state;
+use super::list::PyCacheList;
 use super::registry;
 use super::tree::to_python;
 use crate::array::Array;
@@ -11,7 +12,7 @@ use crate::persist::{CacheFile, Format, SaveOptions, Saved, check_metadata, writ
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyImportError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyDict, PyList, PyString};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -143,6 +144,13 @@ fn build<'py>(py: Python<'py>, path: &Path, key: &str, state: CacheState<Array>)
         Ok(cache) => return Ok(cache),
         Err(state) => state,
     };
+    let state = match state {
+        CacheState { class, state: State::List(children) } if class == "CacheList" => {
+            let children = build_children(py, path, key, children)?;
+            return Bound::new(py, PyCacheList::around(children)).map(Bound::into_any);
+        }
+        state => state,
+    };
     if Cache::of_class(&state.class).is_some() {
         return cache_to_python(py, Cache::from_state(state)?);
     }
@@ -153,15 +161,18 @@ fn build<'py>(py: Python<'py>, path: &Path, key: &str, state: CacheState<Array>)
         import.set_cause(py, Some(error));
         import
     })?;
-    let class = module.getattr(state.class.as_str())?;
-    match state.state {
-        State::List(children) if state.class == "CacheList" => {
-            let child = |(at, child)| build_child(py, path, &format!("{key}.{at}"), child);
-            let children = children.into_iter().enumerate().map(child).collect::<PyResult<Vec<_>>>()?;
-            class.call1(PyTuple::new(py, children)?)
-        }
-        state => class.call_method1("from_state", (to_python(py, state)?,)),
-    }
+    module.getattr(state.class.as_str())?.call_method1("from_state", (to_python(py, state.state)?,))
+}
+
+/// The children of a list, from their states and class names.
+pub(super) fn build_children(
+    py: Python<'_>,
+    path: &Path,
+    key: &str,
+    children: Vec<State<Array>>,
+) -> PyResult<Vec<Py<PyAny>>> {
+    let child = |(at, child)| build_child(py, path, &format!("{key}.{at}"), child).map(Bound::unbind);
+    children.into_iter().enumerate().map(child).collect()
 }
 
 /// A child of a list, from its state and its class name.

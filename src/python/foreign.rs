@@ -1,8 +1,9 @@
 //! Caches of other Python classes: read for files, adopted as ours, put back after an interrupted prefill.
 
-use super::base::PyCache;
+use super::base::{PyCache, own};
 use super::bridge::PyArray;
 use super::cache_to_python;
+use super::list::{PyCacheList, children};
 use super::registry;
 use super::tree::from_python;
 use crate::array::Array;
@@ -26,14 +27,24 @@ pub(super) fn cache_state(cache: &Bound<'_, PyAny>) -> PyResult<CacheState<Array
     if let Some(registered) = registry::cache_state(cache)? {
         return Ok(registered);
     }
-    if let Ok(own) = cache.cast::<PyCache>() {
+    if cache.is_instance_of::<PyCache>() {
         let class = cache.get_type();
         // What Python code puts in the place of ours is no such descriptor.
         if class.getattr("state")?.get_type().name()? != "getset_descriptor" {
             let message = format!("expected a class that is registered or has the state of its base, got {class}");
             return Err(PyValueError::new_err(message));
         }
-        return own.get().cache_state();
+    }
+    if let Ok(list) = cache.cast::<PyCacheList>() {
+        let pair = |child: Bound<'_, PyAny>| {
+            let CacheState { class, state } = cache_state(&child)?;
+            Ok(State::List(vec![state, State::Str(class)]))
+        };
+        let state = State::List(children(list).into_iter().map(pair).collect::<PyResult<_>>()?);
+        return Ok(CacheState { class: "CacheList".to_owned(), state });
+    }
+    if let Some(own) = own(cache) {
+        return own.cache_state();
     }
     Ok(CacheState { class: cache.get_type().name()?.extract()?, state: foreign_state(cache)? })
 }
@@ -49,8 +60,19 @@ fn foreign_state(cache: &Bound<'_, PyAny>) -> PyResult<State<Array>> {
     from_python(&state)
 }
 
+/// The name of a cache's class, as states and files have it.
+pub(super) fn class_name(cache: &Bound<'_, PyAny>) -> PyResult<String> {
+    if let Some(name) = registry::name_of(cache)? {
+        return Ok(name);
+    }
+    match cache.cast::<PyCache>() {
+        Ok(own) => own.get().read(|cache| cache.reference_class_name().to_owned()),
+        Err(_) => Ok(cache.get_type().name()?.to_str()?.to_owned()),
+    }
+}
+
 /// Replaces mlx-lm's caches by ours with the same parameters, tokens and buffers, which are shared until one of the
-/// two writes; inside CacheLists too, in place. Caches of other classes stay. Gives a new list.
+/// two writes; the children of CacheLists too. Caches of other classes stay. Gives a new list.
 #[pyfunction]
 pub(super) fn adopt<'py>(caches: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
     let adopted = caches.try_iter()?.map(|cache| adopt_one(cache?)).collect::<PyResult<Vec<_>>>()?;
@@ -60,9 +82,8 @@ pub(super) fn adopt<'py>(caches: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyLi
 pub(super) fn adopt_one(cache: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
     let class = cache.get_type();
     if is_reference(&class, &["CacheList"])? {
-        let children = adopt(&cache.getattr("caches")?)?;
-        cache.setattr("caches", children.to_tuple())?;
-        return Ok(cache);
+        let children = adopt(&cache.getattr("caches")?)?.into_iter().map(Bound::unbind).collect();
+        return Bound::new(cache.py(), PyCacheList::around(children)).map(Bound::into_any);
     }
     let name = class.name()?;
     if class.module()? != REFERENCE || Cache::of_class(name.to_str()?).is_none() {
@@ -82,8 +103,8 @@ pub(super) fn adopt_one(cache: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
 
 /// Every array that `cache` holds: what the memory barrier evaluates.
 pub(super) fn collect_arrays(cache: &Bound<'_, PyAny>, arrays: &mut Vec<Array>) -> PyResult<()> {
-    if let Ok(own) = cache.cast::<PyCache>() {
-        return own.get().read(|cache| arrays.extend(cache.buffers().into_iter().cloned()));
+    if let Some(own) = own(cache) {
+        return own.read(|cache| arrays.extend(cache.buffers().into_iter().cloned()));
     }
     if let Ok(children) = cache.getattr("caches") {
         return children.try_iter()?.try_for_each(|child| collect_arrays(&child?, arrays));
@@ -96,6 +117,8 @@ pub(super) fn collect_arrays(cache: &Bound<'_, PyAny>, arrays: &mut Vec<Array>) 
 pub(super) enum Snapshot<'py> {
     /// One of ours: the core knows.
     Own(Checkpoint),
+    /// One of ours, all of it.
+    Copy(Cache),
     /// A growing cache of mlx-lm: rows below the offset outlive the window, and holding its buffer would copy it.
     Offset(Bound<'py, PyDict>, Bound<'py, PyAny>),
     /// A list of caches.
@@ -108,22 +131,39 @@ pub(super) enum Snapshot<'py> {
 
 impl<'py> Snapshot<'py> {
     pub(super) fn take(cache: &Bound<'py, PyAny>, n_tokens: usize) -> PyResult<Self> {
-        if let Ok(own) = cache.cast::<PyCache>() {
-            return own.get().read(|cache| Self::Own(cache.checkpoint(n_tokens)));
+        if let Some(own) = own(cache) {
+            return own.read(|cache| Self::Own(cache.checkpoint(n_tokens)));
         }
         let class = cache.get_type();
-        if is_reference(&class, &["CacheList"])? {
-            let children = cache.getattr("caches")?.try_iter()?;
-            let children =
-                children.map(|child| child.and_then(|child| Ok((child.clone(), Self::take(&child, n_tokens)?))));
-            return Ok(Self::Children(children.collect::<PyResult<_>>()?));
+        if is_list(cache)? {
+            return Self::children(cache, |child| Self::take(child, n_tokens));
         }
+        if is_reference(&class, &["KVCache", "QuantizedKVCache"])? && is_scheduled(cache)? {
+            let attributes = cache.getattr("__dict__")?.cast_into::<PyDict>()?;
+            return Ok(Self::Offset(attributes, cache.getattr("offset")?));
+        }
+        Self::attributes(cache)
+    }
+
+    /// The way back from any change, not from a window alone.
+    pub(super) fn whole(cache: &Bound<'py, PyAny>) -> PyResult<Self> {
+        match own(cache) {
+            Some(own) => own.read(|cache| Self::Copy(cache.copy())),
+            None if is_list(cache)? => Self::children(cache, Self::whole),
+            None => Self::attributes(cache),
+        }
+    }
+
+    fn children(list: &Bound<'py, PyAny>, take: impl Fn(&Bound<'py, PyAny>) -> PyResult<Self>) -> PyResult<Self> {
+        let children = list.getattr("caches")?.try_iter()?;
+        let children = children.map(|child| child.and_then(|child| Ok((child.clone(), take(&child)?))));
+        Ok(Self::Children(children.collect::<PyResult<_>>()?))
+    }
+
+    fn attributes(cache: &Bound<'py, PyAny>) -> PyResult<Self> {
         let Ok(attributes) = cache.getattr("__dict__").and_then(|dict| Ok(dict.cast_into::<PyDict>()?)) else {
             return Ok(Self::Nothing);
         };
-        if is_reference(&class, &["KVCache", "QuantizedKVCache"])? && is_scheduled(cache)? {
-            return Ok(Self::Offset(attributes, cache.getattr("offset")?));
-        }
         let before = attributes.iter().map(|(name, value)| Ok((name, renew(&value)?))).collect::<PyResult<_>>()?;
         Ok(Self::Attributes(attributes, before))
     }
@@ -133,6 +173,10 @@ impl<'py> Snapshot<'py> {
         match self {
             Self::Own(checkpoint) => {
                 cache.cast::<PyCache>()?.get().lock()?.as_dyn_mut().rollback(checkpoint);
+                Ok(())
+            }
+            Self::Copy(before) => {
+                *cache.cast::<PyCache>()?.get().lock()? = before;
                 Ok(())
             }
             Self::Offset(attributes, offset) => {
@@ -149,6 +193,11 @@ impl<'py> Snapshot<'py> {
             Self::Nothing => Ok(()),
         }
     }
+}
+
+/// True for a CacheList, ours or mlx-lm's.
+fn is_list(cache: &Bound<'_, PyAny>) -> PyResult<bool> {
+    Ok(cache.is_instance_of::<PyCacheList>() || is_reference(&cache.get_type(), &["CacheList"])?)
 }
 
 /// The same tree with new array objects around the same data.

@@ -22,6 +22,7 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(make_prompt_cache_from_config, module)?)?;
     module.add_function(wrap_pyfunction!(super::foreign::adopt, module)?)?;
     module.add_function(wrap_pyfunction!(super::registry::register, module)?)?;
+    module.add_function(wrap_pyfunction!(super::list::trim_prompt_cache, module)?)?;
     module.add_function(wrap_pyfunction!(super::prefill::prefill, module)?)
 }
 

@@ -17,6 +17,7 @@ mod foreign;
 mod functions;
 mod inspect;
 mod kv;
+mod list;
 mod lru;
 mod models;
 mod prefill;
@@ -35,6 +36,7 @@ use base::PyCache;
 use chunked::PyChunkedKvCache;
 use concatenate::PyConcatenateKvCache;
 use kv::PyKvCache;
+use list::PyCacheList;
 use lru::PyLruPromptCache;
 use pyo3::PyClass;
 use pyo3::exceptions::PyImportError;
@@ -67,6 +69,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyConcatenateKvCache>()?;
     module.add_class::<PyChunkedKvCache>()?;
     module.add_class::<PyArraysCache>()?;
+    module.add_class::<PyCacheList>()?;
     module.add_class::<PyLruPromptCache>()?;
     trie::register(module)?;
     functions::register(module)
@@ -85,6 +88,7 @@ fn cache_to_python(py: Python<'_>, cache: Cache) -> PyResult<Bound<'_, PyAny>> {
             Bound::new(py, chunked).map(Bound::into_any)
         }
         Cache::Arrays(_) => Bound::new(py, PyArraysCache::around(cache)).map(Bound::into_any),
+        Cache::List(_) => Bound::new(py, PyCacheList::around(list::to_python(py, cache)?)).map(Bound::into_any),
     }
 }
 

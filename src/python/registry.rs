@@ -56,21 +56,25 @@ fn find<'py>(py: Python<'py>, name: &str) -> Option<Bound<'py, PyType>> {
     classes().get(name).map(|entry| entry.class.clone_ref(py).into_bound(py))
 }
 
-/// Name and state of a cache whose class is registered; None for others.
-pub(super) fn cache_state(cache: &Bound<'_, PyAny>) -> PyResult<Option<CacheState<Array>>> {
+/// The name of a cache's class, if that is registered.
+pub(super) fn name_of(cache: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
     let class = cache.get_type();
     let name: String = class.name()?.extract()?;
     match find(cache.py(), &name) {
         None => Ok(None),
-        Some(registered) if registered.is(&class) => {
-            Ok(Some(CacheState { class: name, state: from_python(&cache.getattr("state")?)? }))
-        }
+        Some(registered) if registered.is(&class) => Ok(Some(name)),
         Some(registered) => {
             let message =
                 format!("save_prompt_cache: expected the {name} that is registered, {registered}, got {class}");
             Err(PyValueError::new_err(message))
         }
     }
+}
+
+/// Name and state of a cache whose class is registered; None for others.
+pub(super) fn cache_state(cache: &Bound<'_, PyAny>) -> PyResult<Option<CacheState<Array>>> {
+    let Some(class) = name_of(cache)? else { return Ok(None) };
+    Ok(Some(CacheState { class, state: from_python(&cache.getattr("state")?)? }))
 }
 
 /// A cache of the class that is registered under the name of `state`; else the state is given back. `key` is its place

@@ -72,15 +72,17 @@ def test_adopting_copies_no_buffer():
     assert mx.get_active_memory() <= before + 4096
 
 
-def test_children_of_lists_are_adopted_in_place():
+def test_lists_are_adopted_with_their_children():
     inner = theirs.CacheList(feed(theirs.KVCache(), 3), theirs.ArraysCache(2))
     outer = theirs.CacheList(inner, theirs.RotatingKVCache(8), theirs.ChunkedKVCache(8))
     (adopted,) = ours.adopt([outer])
-    assert adopted is outer and adopted[0] is inner
-    assert [type(c) for c in inner.caches] == [ours.KVCache, ours.ArraysCache]
-    assert [type(c) for c in outer.caches[1:]] == [ours.RotatingKVCache, ours.ChunkedKVCache]
-    assert (inner[0].offset, outer[1].max_size) == (3, 8)
-    assert (outer.size(), outer.empty(), outer.is_trimmable(), outer.nbytes) == (3, False, False, inner[0].nbytes)
+    assert (type(adopted), type(adopted[0])) == (ours.CacheList, ours.CacheList)
+    assert [type(c) for c in adopted[0].caches] == [ours.KVCache, ours.ArraysCache]
+    assert [type(c) for c in adopted.caches[1:]] == [ours.RotatingKVCache, ours.ChunkedKVCache]
+    assert (adopted[0][0].offset, adopted[1].max_size) == (3, 8)
+    assert (adopted.size(), adopted.empty(), adopted.is_trimmable()) == (3, False, False)
+    assert (adopted.nbytes, leaves(adopted.state)) == (inner[0].nbytes, leaves(outer.state))
+    assert outer.caches[0] is inner and type(inner[0]) is theirs.KVCache
 
 
 def test_classes_that_we_lack_and_subclasses_stay():

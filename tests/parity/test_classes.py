@@ -6,6 +6,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from .twins import COUNTS, ConcatenateTwins, KVTwins, QuantizedTwins, RotatingTwins
 from .twins_layers import ArraysTwins, ChunkedTwins
+from .twins_list import ListTwins
 from .twins_quantized import QuantizedRotatingTwins
 
 SEQUENCES = {
@@ -15,6 +16,7 @@ SEQUENCES = {
     ConcatenateTwins: 100,
     ChunkedTwins: 100,
     ArraysTwins: 100,
+    ListTwins: 100,
     QuantizedRotatingTwins: 150,
 }
 

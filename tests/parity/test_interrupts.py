@@ -109,6 +109,7 @@ KINDS = {
     "hybrid of both": hybrid(
         lambda: [theirs.ArraysCache(2), theirs.CacheList(ours.KVCache(), theirs.RotatingKVCache(6))]
     ),
+    "hybrid of ours": hybrid(lambda: [ours.ArraysCache(2), ours.CacheList(ours.KVCache(), theirs.RotatingKVCache(6))]),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 

@@ -1,5 +1,7 @@
 """Where the caches of other layers differ from mlx-lm's on purpose; see docs/parity.md."""
 
+import copy
+
 import mlx.core as mx
 import pytest
 
@@ -145,3 +147,66 @@ def test_mlx_lms_models_take_our_recurrent_states_for_theirs():
     assert isinstance(ours.ArraysCache(1), theirs.ArraysCache)
     assert type(ours.ArraysCache(1)) is ours.ArraysCache
     assert not issubclass(ours.ArraysCache, theirs.ArraysCache)
+
+
+def pair(module, n_tokens=5, n_others=3):
+    cache = module.CacheList(module.KVCache(), module.KVCache())
+    for child, n in zip(cache.caches, (n_tokens, n_others), strict=True):
+        child.update_and_fetch(mx.ones((1, 1, n, 4)), mx.ones((1, 1, n, 4)))
+    return cache
+
+
+def test_all_children_of_a_list_are_trimmed_by_the_same_number():
+    for module, n_taken, left in ((theirs, 3, [1, 0]), (ours, 3, [2, 0])):
+        cache = pair(module)
+        assert (cache.trim(4), [child.offset for child in cache.caches]) == (n_taken, left)
+
+
+def test_a_list_that_cannot_be_trimmed_is_not_trimmed_in_part():
+    mine, other = (module.CacheList(*pair(module).caches, module.ArraysCache(1)) for module in (ours, theirs))
+    with pytest.raises(AttributeError):
+        other.trim(2)
+    with pytest.raises(ValueError, match="caches that can all be trimmed"):
+        mine.trim(2)
+    assert ([c.offset for c in other.caches[:2]], [c.offset for c in mine.caches[:2]]) == ([3, 1], [5, 3])
+
+
+def test_a_list_without_children_answers():
+    mine, other = ours.CacheList(), theirs.CacheList()
+    for call, error in (
+        (lambda: other.trim(1), UnboundLocalError),
+        (other.empty, IndexError),
+        (other.size, ValueError),
+    ):
+        with pytest.raises(error):
+            call()
+    assert (mine.trim(1), mine.empty(), mine.size()) == (0, True, 0)
+    with pytest.raises(IndexError):
+        theirs.CacheList.merge([])
+    with pytest.raises(ValueError, match="at least one list"):
+        ours.CacheList.merge([])
+
+
+def test_lists_of_other_numbers_of_children_do_not_join():
+    def lists(module):
+        return [module.CacheList(*(slots(module, mx.ones((1, 3))) for _ in range(n))) for n in (2, 1)]
+
+    first, second = lists(theirs)
+    first.extend(second)
+    assert [child.batch_size for child in first.caches] == [2, 1]
+    first, second = lists(ours)
+    with pytest.raises(ValueError, match="a list of 2 caches, got 1"):
+        first.extend(second)
+    assert [child.batch_size for child in first.caches] == [1, 1]
+
+
+def test_the_children_of_a_list_are_a_tuple():
+    for module, kind in ((theirs, list), (ours, tuple)):
+        assert type(module.CacheList.from_state(pair(module).state).caches) is kind
+
+
+def test_a_plain_copy_of_a_list_is_independent():
+    for module, offset in ((theirs, 6), (ours, 5)):
+        cache = pair(module)
+        copy.copy(cache)[0].update_and_fetch(mx.ones((1, 1, 1, 4)), mx.ones((1, 1, 1, 4)))
+        assert cache[0].offset == offset

@@ -355,6 +355,7 @@ def test_the_package_works_without_mlx_lm(tmp_path):
 def test_names_are_those_of_mlx_lm():
     assert {
         "ArraysCache",
+        "CacheList",
         "ChunkedKVCache",
         "ConcatenateKVCache",
         "KVCache",

@@ -2,7 +2,7 @@
 
 use crate::mock::rows_of;
 use mlxrs_py::array::{Array, Dtype};
-use mlxrs_py::cache::{ArraysCache, Cache, LayerCache};
+use mlxrs_py::cache::{ArraysCache, Cache, LayerCache, ListCache, RotatingKvCache, StandardKvCache};
 use mlxrs_py::{Error, Result};
 
 /// A slot `(B, 2)` that holds its sequences' numbers.
@@ -89,4 +89,52 @@ fn a_mask_hides_padding_and_what_is_past_the_end() {
     assert_eq!((numbers(&cache.left_padding), numbers(&cache.lengths)), (vec![-2, 0], vec![0, 1]));
     cache.finalize();
     assert!(cache.make_mask(4).unwrap().is_none());
+}
+
+fn list() -> ListCache {
+    let mut children = vec![
+        Cache::Standard(StandardKvCache::default()),
+        Cache::List(ListCache { children: vec![Cache::Rotating(RotatingKvCache::new(8, 0).unwrap())] }),
+    ];
+    for (at, n) in [(0, 6), (1, 4)] {
+        let rows = rows_of(&(0..n).collect::<Vec<_>>());
+        let mut child = &mut children[at];
+        if let Cache::List(inner) = child {
+            child = &mut inner.children[0];
+        }
+        child.as_kv_mut().unwrap().update(&rows, &rows).unwrap();
+    }
+    ListCache { children }
+}
+
+#[test]
+fn a_list_trims_all_its_caches_by_the_same_number_or_none() {
+    let mut list = list();
+    assert_eq!((list.size(), list.n_held(), list.is_trimmable(), list.is_empty()), (6, 4, true, false));
+    assert_eq!(list.trim(99).unwrap(), 4);
+    assert_eq!(list.children.iter().map(|child| child.as_dyn().size()).collect::<Vec<_>>(), [2, 0]);
+    list.children.push(Cache::Arrays(ArraysCache::new(1)));
+    assert!(matches!(list.trim(1), Err(Error::Value { .. })));
+    assert_eq!((list.trim(0).unwrap(), list.children[0].as_dyn().size()), (0, 2));
+    let mut none = ListCache::default();
+    assert_eq!((none.trim(3).unwrap(), none.size(), none.is_empty(), none.nbytes()), (0, 0, true, 0));
+}
+
+#[test]
+fn a_list_has_a_state_and_goes_back_with_its_children() {
+    let mut cache = Cache::List(list());
+    let before = format!("{:?}", cache.as_dyn().state());
+    let again = Cache::from_state(cache.cache_state()).unwrap();
+    assert_eq!(format!("{:?}", again.as_dyn().state()), before);
+    assert!(matches!(cache.as_kv().map(|_| ()), Err(Error::Type { .. })));
+    cache.as_dyn().materialize().unwrap();
+    let checkpoint = cache.as_dyn().checkpoint(1);
+    let Cache::List(list) = &mut cache else { unreachable!() };
+    let rows = rows_of(&[9]);
+    list.children[0].as_kv_mut().unwrap().update(&rows, &rows).unwrap();
+    assert_eq!(list.size(), 7);
+    cache.as_dyn_mut().rollback(checkpoint);
+    assert_eq!(format!("{:?}", cache.as_dyn().state()), before);
+    cache.as_dyn_mut().set_state(mlxrs_py::cache::State::List(vec![mlxrs_py::cache::State::None])).unwrap_err();
+    assert_eq!(format!("{:?}", cache.as_dyn().state()), before);
 }
