@@ -1,7 +1,7 @@
 //! What becomes of files that load: real caches, which are updated, trimmed and saved.
 
 use mlxrs_py::array::{Array, Dtype};
-use mlxrs_py::cache::{Cache, KvTensor};
+use mlxrs_py::cache::{Cache, KvTensor, State};
 use mlxrs_py::persist::{CacheFile, SaveOptions, load_prompt_cache, save_prompt_cache};
 use std::path::Path;
 
@@ -10,7 +10,7 @@ pub fn revive(file: &[u8], folder: &Path) {
     let path = folder.join("damaged.safetensors");
     std::fs::write(&path, file).expect("scratch");
     let (states, _) = CacheFile::open(&path).expect("what decodes opens").read().expect("what decodes reads");
-    let own = states.into_iter().filter(|state| Cache::of_class(&state.class).is_some());
+    let own = states.into_iter().filter(|cache| is_own(&cache.class, &cache.state));
     let mut caches: Vec<Cache> = own.map(|state| Cache::from_state(state).expect("what is checked is taken")).collect();
     for cache in caches.iter_mut().filter(|cache| cache.as_kv().is_ok()) {
         for n_tokens in [1, 3] {
@@ -31,6 +31,19 @@ pub fn revive(file: &[u8], folder: &Path) {
         caches.iter().map(|cache| (offset(cache), cache.as_dyn().size(), cache.as_dyn().is_empty())).collect::<Vec<_>>()
     };
     assert_eq!(numbers(&loaded), numbers(&caches));
+}
+
+/// True if the crate has the class, and those of all children.
+fn is_own(class: &str, state: &State<Array>) -> bool {
+    let is_own_child = |child: &State<Array>| {
+        let State::List(parts) = child else { return false };
+        matches!(&parts[..], [state, State::Str(class)] if is_own(class, state))
+    };
+    Cache::of_class(class).is_some()
+        && match state {
+            State::List(children) if class == "CacheList" => children.iter().all(is_own_child),
+            _ => true,
+        }
 }
 
 /// Adds zeros of the shape that the cache holds, or of any if it is empty.
