@@ -30,6 +30,26 @@ pub enum Error {
         /// The type it was given.
         got: String,
     },
+    /// A place that is not there; Python sees `IndexError`.
+    #[error("{op}: expected {expected}, got {got}")]
+    Index {
+        /// The operation, as the caller named it.
+        op: &'static str,
+        /// The places there are.
+        expected: String,
+        /// The one that was asked for.
+        got: String,
+    },
+    /// An operation that must not come now; Python sees `RuntimeError`.
+    #[error("{op}: expected {expected}, got {got}")]
+    Order {
+        /// The operation, as the caller named it.
+        op: &'static str,
+        /// What must come first.
+        expected: String,
+        /// Where the object stands.
+        got: String,
+    },
     /// MLX itself failed; Python sees `MlxError`.
     #[error("{op}: {message}")]
     Mlx {
@@ -66,6 +86,11 @@ impl Error {
     /// A value that `op` cannot take.
     pub fn value(op: &'static str, expected: impl Into<String>, got: impl std::fmt::Display) -> Self {
         Self::Value { op, expected: expected.into(), got: got.to_string() }
+    }
+
+    /// A value of a type that `op` cannot take.
+    pub fn type_(op: &'static str, expected: impl Into<String>, got: impl std::fmt::Display) -> Self {
+        Self::Type { op, expected: expected.into(), got: got.to_string() }
     }
 
     /// A part of the file at `path` that is not as the format asks.

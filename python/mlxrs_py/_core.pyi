@@ -16,6 +16,10 @@ from typing_extensions import disjoint_base
 __all__ = [
     "ArraysCache",
     "AttentionCache",
+    "BatchCache",
+    "BatchKVCache",
+    "BatchQuantizedKVCache",
+    "BatchRotatingKVCache",
     "Cache",
     "CacheFormatError",
     "CacheList",
@@ -31,6 +35,7 @@ __all__ = [
     "QuantizedKVCache",
     "QuantizedRotatingKVCache",
     "RotatingKVCache",
+    "TokenBuffer",
     "__version__",
     "_live_handles",
     "adopt",
@@ -39,6 +44,7 @@ __all__ = [
     "check_save",
     "convert_file",
     "create_attention_mask",
+    "create_causal_mask",
     "inspect_file",
     "load_prompt_cache",
     "make_prompt_cache_from_config",
@@ -149,6 +155,13 @@ class KVCache(MaskingCache):
     def __init__(self) -> None: ...
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
         """Give the same tokens in a QuantizedKVCache. ValueError for sizes that MLX does not support."""
+    @classmethod
+    def merge(cls, caches: Iterable[Any]) -> BatchKVCache:
+        """Give a batch of the sequences in ``caches``, ours or mlx-lm's; the shorter ones get padding on the left.
+
+        Errors: TypeError if classes differ, ValueError if there are none, if one holds several sequences or if sizes
+        differ.
+        """
 
 class RotatingKVCache(MaskingCache):
     """The newest ``max_size`` tokens in a ring, behind the first ``keep``, which are never overwritten.
@@ -175,6 +188,13 @@ class RotatingKVCache(MaskingCache):
     def _idx(self, value: int) -> None: ...
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedRotatingKVCache:
         """Give the same tokens in a QuantizedRotatingKVCache. ValueError for sizes that MLX does not support."""
+    @classmethod
+    def merge(cls, caches: Iterable[Any]) -> BatchRotatingKVCache:
+        """Give a batch of the sequences in ``caches``, ours or mlx-lm's; the shorter ones get padding on the left.
+
+        Errors: TypeError if classes differ, ValueError if there are none, if one holds several sequences or if sizes
+        differ or tokens are kept (``keep`` > 0).
+        """
 
 class QuantizedKVCache(MaskingCache):
     """A KVCache whose rows are affine-quantized once, when they come.
@@ -195,6 +215,13 @@ class QuantizedKVCache(MaskingCache):
         """Bits per element."""
     @bits.setter
     def bits(self, value: int) -> None: ...
+    @classmethod
+    def merge(cls, caches: Iterable[Any]) -> BatchQuantizedKVCache:
+        """Give a batch of the sequences in ``caches``, ours or mlx-lm's; the shorter ones get padding on the left.
+
+        Errors: TypeError if classes differ, ValueError if there are none, if one holds several sequences or if sizes
+        differ.
+        """
 
 class QuantizedRotatingKVCache(MaskingCache):
     """A RotatingKVCache whose rows are affine-quantized once, when they come; mlx-lm has none.
@@ -338,6 +365,166 @@ class CacheList(Cache):
     def merge(cls, caches: Iterable[Any]) -> Self:
         """Make a list of the children merged, each with its like. ValueError unless all have the same number."""
 
+class BatchCache(AttentionCache):
+    """Keys and values of several sequences, one under the other, the shorter ones padded on the left.
+
+    A column is one place in all of them. The numbers per sequence are int32 arrays (B,), made anew at each reading;
+    assigning them evaluates what is assigned. Numbers may be given as lists, NumPy arrays or mlx arrays, which are
+    evaluated.
+    """
+
+    @classmethod
+    def merge(cls, caches: Iterable[Any]) -> Self:
+        """Give a batch of the sequences in ``caches``, ours or mlx-lm's; the shorter ones get padding on the left.
+
+        Errors: TypeError if classes differ or form another batch, ValueError if there are none, if one holds several
+        sequences or if sizes differ.
+        """
+    @property  # type: ignore[override]
+    def offset(self) -> mx.array:
+        """Tokens seen by each sequence: the positions of the next ones. Negative while padding is still to come."""
+    @offset.setter
+    def offset(self, value: Any) -> None: ...
+    @property
+    def left_padding(self) -> mx.array:
+        """Columns before the first token of each sequence. Negative once a ring has overwritten tokens."""
+    @left_padding.setter
+    def left_padding(self, value: Any) -> None: ...
+    def filter(self, batch_indices: Any) -> None:
+        """Keep the sequences at these places, in that order; a negative place counts from the end.
+
+        Errors: ValueError if there are none, IndexError for one out of range.
+        """
+    def extend(self, other: Any) -> None:
+        """Append the sequences of another batch of the same class, ours or mlx-lm's, which does not change.
+
+        Errors: TypeError for another class, ValueError if sizes differ or padding is still to be finalized.
+        """
+    def extract(self, idx: int) -> Any:
+        """Give one sequence alone, without padding; a negative place counts from the end.
+
+        Errors: IndexError if it is out of range, ValueError if the batch is empty or padding is still to be finalized.
+        """
+    def prepare(self, *, left_padding: Any = None, lengths: Any = None, right_padding: Any = None) -> None:
+        """Say which of the columns to come are padding; each argument has one number per sequence.
+
+        ``left_padding`` columns come before the first tokens: only while the batch is empty. Up to ``finalize`` a
+        sequence gets ``lengths`` tokens, then ``right_padding`` columns of padding; a ring needs both.
+
+        Errors: ValueError unless there are B numbers of at least 0, TypeError for a ring without ``lengths``.
+        """
+    def finalize(self) -> None:
+        """Move the right padding that was announced to the left of the tokens."""
+    @property
+    def _pending(self) -> list[int] | None:
+        """What ``prepare`` has announced and ``finalize`` has not done yet, for pickles."""
+    @_pending.setter
+    def _pending(self, value: list[int] | None) -> None: ...
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[Any, ...]: ...
+
+class BatchKVCache(BatchCache):
+    """A KVCache of several sequences."""
+
+    def __init__(self, left_padding: Any) -> None:
+        """Make an empty batch, to whose sequences so many columns of padding will come first."""
+    @property
+    def _idx(self) -> int:
+        """Columns filled so far."""
+    @_idx.setter
+    def _idx(self, value: int) -> None: ...
+    @property
+    def _right_padding(self) -> mx.array | None:
+        """Padding behind each sequence that ``finalize`` will move."""
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:  # noqa: N803
+        """Make the mask for ``N`` columns that are about to be updated: bool (B, 1, N, ``_idx`` + N), always."""
+
+class BatchQuantizedKVCache(BatchCache):
+    """A QuantizedKVCache of several sequences, whose rows are quantized once, when they come; mlx-lm has none.
+
+    Keys and values are triples, as in QuantizedKVCache.
+    """
+
+    def __init__(self, left_padding: Any, group_size: int = 64, bits: int = 8) -> None:
+        """Make an empty batch. ValueError unless group_size is 32, 64 or 128 and bits 1, 2, 3, 4, 5, 6 or 8."""
+    @property
+    def _idx(self) -> int:
+        """Columns filled so far."""
+    @property
+    def _right_padding(self) -> mx.array | None:
+        """Padding behind each sequence that ``finalize`` will move."""
+    @property
+    def group_size(self) -> int:
+        """Elements that share a scale and a bias."""
+    @property
+    def bits(self) -> int:
+        """Bits per element."""
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:  # noqa: N803
+        """Make the mask for ``N`` columns that are about to be updated: bool (B, 1, N, ``_idx`` + N), always."""
+
+class BatchRotatingKVCache(BatchCache):
+    """The newest ``max_size`` columns of several sequences in a ring. No token is kept for ever.
+
+    Once ``max_size`` columns have been seen nothing can be trimmed: ``trim`` raises ValueError then. A single token
+    raises RuntimeError if all columns that ``prepare`` announced have come and ``finalize`` was not called.
+    """
+
+    def __init__(self, max_size: int, left_padding: Any) -> None:
+        """Make an empty ring, to whose sequences so many columns of padding will come first."""
+    @property
+    def max_size(self) -> int:
+        """Columns that the ring holds once full."""
+    @max_size.setter
+    def max_size(self, value: int) -> None: ...
+    @property
+    def _offset(self) -> int:
+        """Columns seen so far."""
+    @_offset.setter
+    def _offset(self, value: int) -> None: ...
+    @property
+    def _idx(self) -> int:
+        """Column after the last one written."""
+    @_idx.setter
+    def _idx(self, value: int) -> None: ...
+    @property
+    def rotated(self) -> bool:
+        """True if the oldest column is the one at ``_idx``, not the first one."""
+    @rotated.setter
+    def rotated(self, value: bool) -> None: ...
+    @property
+    def _lengths(self) -> mx.array | None:
+        """Offsets at which the announced tokens of the sequences end."""
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False) -> mx.array:  # noqa: N803
+        """Make the mask for ``N`` columns that are about to be updated, always an array.
+
+        Shape: bool (B, 1, N, min(max_size - 1, ``_offset``) + N).
+        """
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        """Raise NotImplementedError, as mlx-lm does."""
+
+@disjoint_base
+class TokenBuffer:
+    """The tokens of one sequence, int32 (n,), in a buffer that grows to whole steps."""
+
+    #: Tokens by which the buffer grows, 256.
+    step: int
+
+    def __new__(cls, tokens: Any = None) -> Self: ...
+    def update_and_fetch(self, tokens: Any) -> mx.array:
+        """Append tokens (n,), an mlx array or integers, and give all of them. ValueError for another shape or type."""
+    @property
+    def state(self) -> mx.array:
+        """The buffer, padding included."""
+    @property
+    def tokens(self) -> mx.array:
+        """The tokens."""
+    @property
+    def _buffer(self) -> mx.array:
+        """The buffer, padding included."""
+    @property
+    def _size(self) -> int:
+        """Number of tokens."""
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[Any, ...]: ...
+
 @dataclass
 class PromptTrieResult:
     """What a PromptTrie has for a query. If the query itself is stored, the other fields say nothing."""
@@ -447,6 +634,18 @@ def adopt(caches: Iterable[Any]) -> list[Any]:
 def create_attention_mask(N: int, offset: int, return_array: bool, window_size: int | None) -> Any:  # noqa: N803
     """Make the mask of a cache that keeps every row: None, ``"causal"``, or a bool array (N, offset + N)."""
 
+def create_causal_mask(
+    N: int,  # noqa: N803
+    offset: int = 0,
+    window_size: int | None = None,
+    right_padding: Any = None,
+    left_padding: Any = None,
+) -> mx.array:
+    """Make the causal mask bool (N, offset + N): a token sees itself and the newest ``window_size`` tokens.
+
+    With paddings, integers (B,), it is (B, 1, N, offset + N) and hides so many columns on that side of a sequence.
+    """
+
 def register(cls: type[_T]) -> type[_T]:
     """Let cache files hold caches of a class of yours, under its ``__name__``, and give the class: also as a decorator.
 
@@ -521,7 +720,7 @@ def load_prompt_cache(file_name: str | PathLike[str], return_metadata: bool = Fa
     """Load the caches of a file that we or mlx-lm wrote, in either format.
 
     Tries the exact name, then with ``.safetensors``. Gives a list, or with ``return_metadata`` a pair (list, dict).
-    Classes that we lack come back as mlx-lm's own, and registered ones as ``from_state`` makes them.
+    Registered classes come back as ``from_state`` makes them.
 
     Errors: CacheFormatError for a file that is damaged or lies, before anything is built; OSError if it cannot be read.
     """

@@ -68,6 +68,11 @@ impl Dtype {
         TABLE.iter().find(|row| row.2 == name).map(|row| row.0)
     }
 
+    /// True for whole numbers.
+    pub const fn is_integer(self) -> bool {
+        !matches!(self, Self::Bool | Self::F16 | Self::Bf16 | Self::F32 | Self::F64 | Self::C64)
+    }
+
     /// True for the types that keys and values may have.
     pub const fn is_float(self) -> bool {
         matches!(self, Self::F16 | Self::Bf16 | Self::F32 | Self::F64)

@@ -1,9 +1,7 @@
 //! Operations that move rows about: what batches of sequences need.
 
 use super::{Array, Dtype};
-#[cfg(doc)]
-use crate::error::Error;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 impl Array {
     /// The slices of `axis` at `indices`, an integer array `(n,)`. An index out of range is undefined: check it first.
@@ -95,9 +93,13 @@ impl Array {
     /// The elements as host numbers, row-major, evaluated first.
     ///
     /// # Errors
-    /// [`Error::Mlx`] if evaluating fails.
+    /// [`Error::Value`] for a number beyond 32 bits, [`Error::Mlx`] if evaluating fails.
     pub fn to_i32(&self) -> Result<Vec<i32>> {
-        let bytes = self.astype(Dtype::I32)?.to_bytes()?;
-        Ok(bytes.chunks_exact(4).map(|word| i32::from_ne_bytes([word[0], word[1], word[2], word[3]])).collect())
+        let bytes = self.astype(Dtype::I64)?.to_bytes()?;
+        let narrow = |&word| {
+            let number = i64::from_ne_bytes(word);
+            i32::try_from(number).map_err(|_| Error::value("read array", "numbers of 32 bits", number))
+        };
+        bytes.as_chunks::<8>().0.iter().map(narrow).collect()
     }
 }

@@ -38,6 +38,30 @@ pub fn causal(n_tokens: usize, offset: usize, window: Option<usize>) -> Result<A
     }
 }
 
+/// [`causal`] for a batch, whose sequences `(B,)` hide columns on the left or right: mlx-lm's `create_causal_mask`.
+/// With a padding it is `(B, 1, n_tokens, offset + n_tokens)`.
+///
+/// # Errors
+/// [`Error::Mlx`](crate::Error::Mlx) if MLX fails.
+pub fn padded(
+    n_tokens: usize,
+    offset: usize,
+    window: Option<usize>,
+    right: Option<&Array>,
+    left: Option<&Array>,
+) -> Result<Array> {
+    let mut mask = causal(n_tokens, offset, window)?;
+    let (columns, per_sequence) = (Array::arange(0, offset + n_tokens)?, [-1, 1, 1, 1]);
+    if let Some(right) = right {
+        let end = Array::scalar((offset + n_tokens) as i32).minus(&right.reshape(&per_sequence)?)?;
+        mask = mask.and(&columns.lt(&end)?)?;
+    }
+    if let Some(left) = left {
+        mask = mask.and(&left.reshape(&per_sequence)?.le(&columns)?)?;
+    }
+    Ok(mask)
+}
+
 /// The mask of a cache that keeps every row: mlx-lm's cache-level `create_attention_mask`.
 ///
 /// # Errors

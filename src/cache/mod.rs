@@ -1,6 +1,7 @@
 //! L2: the caches, one file each. All cache logic of the project stands here.
 
 mod arrays;
+pub mod batch;
 mod chunked;
 mod concatenate;
 mod list;
@@ -13,9 +14,11 @@ mod scheme;
 mod standard;
 pub mod state;
 mod tensor;
+mod token_buffer;
 mod traits;
 
 pub use arrays::ArraysCache;
+pub use batch::{BatchCache, BatchKvCache, BatchRotatingKvCache};
 pub use chunked::ChunkedKvCache;
 pub use concatenate::ConcatenateKvCache;
 pub use list::{ListCache, Member, cannot_trim, trim_all};
@@ -27,6 +30,7 @@ pub use standard::StandardKvCache;
 pub use state::{CacheState, State};
 pub use tensor::KvTensor;
 pub(crate) use tensor::zero_rows;
+pub use token_buffer::TokenBuffer;
 pub use traits::{Checkpoint, KvCache, LayerCache};
 use traits::{CheckpointKind, settle};
 
@@ -54,6 +58,10 @@ pub enum Cache {
     Arrays(ArraysCache),
     /// Several caches of one layer.
     List(ListCache),
+    /// Growing buffers of several sequences, quantized or not.
+    Batch(BatchKvCache),
+    /// The newest tokens of several sequences, in a ring.
+    BatchRotating(BatchRotatingKvCache),
 }
 
 impl Cache {
@@ -67,6 +75,8 @@ impl Cache {
             Self::Chunked(cache) => cache,
             Self::Arrays(cache) => cache,
             Self::List(cache) => cache,
+            Self::Batch(cache) => cache,
+            Self::BatchRotating(cache) => cache,
         }
     }
 
@@ -80,6 +90,8 @@ impl Cache {
             Self::Chunked(cache) => cache,
             Self::Arrays(cache) => cache,
             Self::List(cache) => cache,
+            Self::Batch(cache) => cache,
+            Self::BatchRotating(cache) => cache,
         }
     }
 
@@ -95,6 +107,8 @@ impl Cache {
             Self::Concatenate(cache) => cache,
             Self::Chunked(cache) => cache,
             Self::Arrays(_) | Self::List(_) => return Err(no_keys(self)),
+            Self::Batch(cache) => cache,
+            Self::BatchRotating(cache) => cache,
         })
     }
 
@@ -110,7 +124,33 @@ impl Cache {
             Self::Concatenate(cache) => cache,
             Self::Chunked(cache) => cache,
             Self::Arrays(_) | Self::List(_) => return Err(no_keys(self)),
+            Self::Batch(cache) => cache,
+            Self::BatchRotating(cache) => cache,
         })
+    }
+
+    /// The sequences of a batch.
+    ///
+    /// # Errors
+    /// [`Error::Type`] if the cache is none.
+    pub fn as_batch(&self) -> Result<&(dyn BatchCache + 'static)> {
+        match self {
+            Self::Batch(cache) => Ok(cache),
+            Self::BatchRotating(cache) => Ok(cache),
+            other => Err(no_batch(other)),
+        }
+    }
+
+    /// The sequences of a batch, to change them.
+    ///
+    /// # Errors
+    /// [`Error::Type`] if the cache is none.
+    pub fn as_batch_mut(&mut self) -> Result<&mut (dyn BatchCache + 'static)> {
+        match self {
+            Self::Batch(cache) => Ok(cache),
+            Self::BatchRotating(cache) => Ok(cache),
+            other => Err(no_batch(other)),
+        }
     }
 
     /// Rows by which the buffers grow.
@@ -120,6 +160,8 @@ impl Cache {
             Self::Rotating(cache) => cache.step,
             Self::Quantized(cache) => cache.step,
             Self::Chunked(cache) => cache.step,
+            Self::Batch(cache) => cache.step,
+            Self::BatchRotating(cache) => cache.step,
             Self::Concatenate(_) | Self::Arrays(_) | Self::List(_) => STEP,
         }
     }
@@ -132,6 +174,8 @@ impl Cache {
             Self::Rotating(cache) => cache.step = step,
             Self::Quantized(cache) => cache.step = step,
             Self::Chunked(cache) => cache.step = step,
+            Self::Batch(cache) => cache.step = step,
+            Self::BatchRotating(cache) => cache.step = step,
             Self::Concatenate(_) | Self::Arrays(_) | Self::List(_) => {}
         }
     }
@@ -147,6 +191,9 @@ impl Cache {
             "ChunkedKVCache" => Self::Chunked(ChunkedKvCache::unset()),
             "ArraysCache" => Self::Arrays(ArraysCache::default()),
             "CacheList" => Self::List(ListCache::default()),
+            "BatchKVCache" => Self::Batch(BatchKvCache::unset(None)),
+            "BatchQuantizedKVCache" => Self::Batch(BatchKvCache::unset(Some(Scheme::default()))),
+            "BatchRotatingKVCache" => Self::BatchRotating(BatchRotatingKvCache::unset()),
             _ => return None,
         })
     }
@@ -210,6 +257,11 @@ fn checked_fields(name: &'static str, state: State<Array>) -> Result<Vec<State<A
 fn no_keys(cache: &Cache) -> Error {
     let got = cache.as_dyn().reference_class_name().to_owned();
     Error::Type { op: "keys and values", expected: "a cache that has them".to_owned(), got }
+}
+
+/// The error of asking a cache of one sequence for what a batch has.
+fn no_batch(cache: &Cache) -> Error {
+    Error::type_("batch", "a cache of several sequences", cache.as_dyn().reference_class_name())
 }
 
 /// The error of asking an empty cache for its rows.

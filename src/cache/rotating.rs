@@ -70,6 +70,18 @@ impl RotatingKvCache {
         self.ring = Ring { len: self.ring.len, ..ring };
     }
 
+    /// The newest `n` rows of keys and values, oldest first.
+    pub(super) fn newest(&self, n: usize) -> Result<[KvTensor; 2]> {
+        let (Some(keys), Some(values)) = (&self.keys, &self.values) else { return Err(nothing_yet()) };
+        let order = self.ring.temporal_order();
+        let len: usize = order.iter().map(|(from, to)| to - from).sum();
+        let newest = |rows: &KvTensor| match n {
+            0 => rows.rows(0, 0),
+            n => join(rows, &order, None)?.rows(len.saturating_sub(n), len),
+        };
+        Ok([newest(keys)?, newest(values)?])
+    }
+
     /// One token written in place.
     fn place(&self, new: [&KvTensor; 2]) -> Result<([KvTensor; 2], Ring)> {
         let place = self.ring.place(self.step);

@@ -1,7 +1,7 @@
 //! The one mapping of errors to Python: builtin types first, own types only where Python has no word.
 
 use crate::error::Error;
-use pyo3::exceptions::{PyException, PyOSError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyException, PyIndexError, PyOSError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{IntoPyDict, PyTuple, PyType};
@@ -65,6 +65,8 @@ impl From<Error> for PyErr {
         match error {
             Error::Value { .. } => PyValueError::new_err(message),
             Error::Type { .. } => PyTypeError::new_err(message),
+            Error::Index { .. } => PyIndexError::new_err(message),
+            Error::Order { .. } => PyRuntimeError::new_err(message),
             Error::Mlx { .. } => own(&MLX_ERROR, message),
             Error::Format { .. } => own(&CACHE_FORMAT_ERROR, message),
             Error::Io { op, path, source } => match source.raw_os_error() {

@@ -4,13 +4,12 @@ use super::cache_to_python;
 use super::foreign::cache_state;
 use super::list::PyCacheList;
 use super::registry;
-use super::tree::to_python;
 use crate::array::Array;
 use crate::cache::{Cache, CacheState, State};
 use crate::error::Error;
 use crate::persist::{CacheFile, Format, SaveOptions, Saved, check_metadata, write_states};
 use pyo3::IntoPyObjectExt;
-use pyo3::exceptions::{PyImportError, PyTypeError};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString};
 use std::collections::BTreeMap;
@@ -137,7 +136,7 @@ fn nested<'py>(py: Python<'py>, flat: BTreeMap<&str, &str>, depth: usize) -> PyR
     }
 }
 
-/// A cache of a registered class, of ours, or of mlx-lm's where we have none yet; a list has children of the same kinds.
+/// A cache of a registered class, or of ours; a list has children of both kinds.
 /// `key` is its place in the file at `path`.
 fn build<'py>(py: Python<'py>, path: &Path, key: &str, state: CacheState<Array>) -> PyResult<Bound<'py, PyAny>> {
     let state = match registry::build(py, path, key, state)? {
@@ -151,17 +150,13 @@ fn build<'py>(py: Python<'py>, path: &Path, key: &str, state: CacheState<Array>)
         }
         state => state,
     };
-    if Cache::of_class(&state.class).is_some() {
-        return cache_to_python(py, Cache::from_state(state)?);
-    }
-    let module = py.import("mlx_lm.models.cache").map_err(|error| {
-        let message =
-            format!("load_prompt_cache: the file holds a {}, which needs mlx-lm: pip install mlx-lm", state.class);
-        let import = PyImportError::new_err(message);
-        import.set_cause(py, Some(error));
-        import
+    let class = state.class.clone();
+    let cache = Cache::from_state(state).map_err(|error| match error {
+        // Numbers of sequences are only read now.
+        Error::Value { .. } => Error::format(path, key, format!("the state of a {class}"), error.to_string()),
+        error => error,
     })?;
-    module.getattr(state.class.as_str())?.call_method1("from_state", (to_python(py, state.state)?,))
+    cache_to_python(py, cache)
 }
 
 /// The children of a list, from their states and class names.

@@ -1,6 +1,7 @@
 //! Caches of other Python classes: read for files, adopted as ours, put back after an interrupted prefill.
 
 use super::base::{PyCache, own};
+use super::batch::check_finalized;
 use super::bridge::PyArray;
 use super::cache_to_python;
 use super::list::{PyCacheList, children};
@@ -86,13 +87,12 @@ pub(super) fn adopt_one(cache: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
         return Bound::new(cache.py(), PyCacheList::around(children)).map(Bound::into_any);
     }
     let name = class.name()?;
-    if class.module()? != REFERENCE || Cache::of_class(name.to_str()?).is_none() {
+    let name = name.to_str()?;
+    if class.module()? != REFERENCE || Cache::of_class(name).is_none() {
         return Ok(cache);
     }
-    let ours = Cache::from_state(CacheState {
-        class: name.to_str()?.to_owned(),
-        state: from_python(&cache.getattr("state")?)?,
-    })?;
+    check_finalized(&cache)?;
+    let ours = Cache::from_state(CacheState { class: name.to_owned(), state: from_python(&cache.getattr("state")?)? })?;
     let step = cache.getattr("step").and_then(|step| step.extract()).unwrap_or(crate::cache::STEP);
     let ours = cache_to_python(cache.py(), ours)?;
     if step != crate::cache::STEP {

@@ -2,6 +2,8 @@
 
 use super::attention::mask_to_python;
 use super::base::count;
+use super::batch::numbers_array;
+use super::bridge::PyArray;
 use super::cache_to_python;
 use crate::cache::{CacheConfig, make_prompt_cache, mask};
 use pyo3::prelude::*;
@@ -9,6 +11,7 @@ use pyo3::types::{PyDict, PyList};
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(create_attention_mask, module)?)?;
+    module.add_function(wrap_pyfunction!(create_causal_mask, module)?)?;
     module.add_function(wrap_pyfunction!(super::files::save_prompt_cache, module)?)?;
     module.add_function(wrap_pyfunction!(super::files::save_prompt_cache_with_size, module)?)?;
     module.add_function(wrap_pyfunction!(super::files::check_save, module)?)?;
@@ -41,6 +44,26 @@ fn create_attention_mask(
     let (n_tokens, offset) = (count(op, "N", N)?, count(op, "offset", offset)?);
     let window = window_size.map(|window| count(op, "window_size", window)).transpose()?;
     mask_to_python(py, mask::growing(n_tokens, offset, window, return_array)?)
+}
+
+/// The causal mask (N, offset + N), with a padding (B, 1, N, offset + N): True where a token may look.
+#[pyfunction]
+#[pyo3(signature = (N, offset = 0, window_size = None, right_padding = None, left_padding = None))]
+#[allow(non_snake_case)]
+fn create_causal_mask(
+    N: i64,
+    offset: i64,
+    window_size: Option<i64>,
+    right_padding: Option<&Bound<'_, PyAny>>,
+    left_padding: Option<&Bound<'_, PyAny>>,
+) -> PyResult<PyArray> {
+    let op = "create_causal_mask";
+    let (n_tokens, offset) = (count(op, "N", N)?, count(op, "offset", offset)?);
+    let window = window_size.map(|window| count(op, "window_size", window)).transpose()?;
+    let padding =
+        |name: &str, value: Option<&Bound<'_, PyAny>>| value.map(|value| numbers_array(op, name, value)).transpose();
+    let (right, left) = (padding("right_padding", right_padding)?, padding("left_padding", left_padding)?);
+    Ok(PyArray(mask::padded(n_tokens, offset, window, right.as_ref(), left.as_ref())?))
 }
 
 /// One fresh cache per layer: RotatingKVCache(sliding_window, keep=0) if there is a window, else KVCache.

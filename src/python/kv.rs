@@ -2,6 +2,7 @@
 
 use super::attention::PyMaskingCache;
 use super::base::{base, count};
+use super::batch_kv::PyBatchKvCache;
 use super::quantized::PyQuantizedKvCache;
 use super::wrap;
 use crate::cache::Cache;
@@ -40,5 +41,11 @@ impl PyKvCache {
             other => return Err(PyTypeError::new_err(format!("expected a KVCache, got {other:?}"))),
         };
         wrap(slf.py(), Cache::Quantized(quantized), PyQuantizedKvCache)
+    }
+
+    /// A BatchKVCache of the sequences in `caches`; the shorter ones get padding on the left.
+    #[classmethod]
+    fn merge<'py>(class: &Bound<'py, PyType>, caches: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        class.py().get_type::<PyBatchKvCache>().call_method1("merge", (caches,))
     }
 }

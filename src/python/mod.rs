@@ -9,6 +9,9 @@ mod bridge;
 mod arrays;
 mod attention;
 mod base;
+mod batch;
+mod batch_kv;
+mod batch_rotating;
 mod chunked;
 mod concatenate;
 mod errors;
@@ -25,6 +28,7 @@ mod quantized;
 mod quantized_rotating;
 mod registry;
 mod rotating;
+mod token_buffer;
 mod tokens;
 mod tree;
 mod trie;
@@ -33,6 +37,9 @@ use crate::cache::Cache;
 use arrays::PyArraysCache;
 use attention::{PyAttentionCache, PyMaskingCache};
 use base::PyCache;
+use batch::PyBatchCache;
+use batch_kv::{PyBatchKvCache, PyBatchQuantizedKvCache};
+use batch_rotating::PyBatchRotatingKvCache;
 use chunked::PyChunkedKvCache;
 use concatenate::PyConcatenateKvCache;
 use kv::PyKvCache;
@@ -44,6 +51,7 @@ use pyo3::prelude::*;
 use quantized::PyQuantizedKvCache;
 use quantized_rotating::PyQuantizedRotatingKvCache;
 use rotating::PyRotatingKvCache;
+use token_buffer::PyTokenBuffer;
 
 /// The Rust core of mlxrs_py. Import `mlxrs_py` instead.
 #[pymodule]
@@ -70,6 +78,11 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyChunkedKvCache>()?;
     module.add_class::<PyArraysCache>()?;
     module.add_class::<PyCacheList>()?;
+    module.add_class::<PyBatchCache>()?;
+    module.add_class::<PyBatchKvCache>()?;
+    module.add_class::<PyBatchQuantizedKvCache>()?;
+    module.add_class::<PyBatchRotatingKvCache>()?;
+    module.add_class::<PyTokenBuffer>()?;
     module.add_class::<PyLruPromptCache>()?;
     trie::register(module)?;
     functions::register(module)
@@ -89,6 +102,9 @@ fn cache_to_python(py: Python<'_>, cache: Cache) -> PyResult<Bound<'_, PyAny>> {
         }
         Cache::Arrays(_) => Bound::new(py, PyArraysCache::around(cache)).map(Bound::into_any),
         Cache::List(_) => Bound::new(py, PyCacheList::around(list::to_python(py, cache)?)).map(Bound::into_any),
+        Cache::Batch(ref batch) if batch.scheme().is_some() => wrap_batch(py, cache, PyBatchQuantizedKvCache),
+        Cache::Batch(_) => wrap_batch(py, cache, PyBatchKvCache),
+        Cache::BatchRotating(_) => wrap_batch(py, cache, PyBatchRotatingKvCache),
     }
 }
 
@@ -99,4 +115,13 @@ fn wrap<C: PyClass<BaseType = PyMaskingCache>>(
     subclass: C,
 ) -> PyResult<Bound<'_, PyAny>> {
     Bound::new(py, PyMaskingCache::around(cache).add_subclass(subclass)).map(Bound::into_any)
+}
+
+/// As [`wrap`], for a batch.
+fn wrap_batch<C: PyClass<BaseType = PyBatchCache>>(
+    py: Python<'_>,
+    cache: Cache,
+    subclass: C,
+) -> PyResult<Bound<'_, PyAny>> {
+    Bound::new(py, PyBatchCache::around(cache).add_subclass(subclass)).map(Bound::into_any)
 }

@@ -2,6 +2,7 @@
 
 use super::attention::PyMaskingCache;
 use super::base::{base, count};
+use super::batch_kv::PyBatchQuantizedKvCache;
 use crate::cache::{Cache, QuantizedKvCache};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -58,6 +59,12 @@ impl PyQuantizedKvCache {
         let bits = count("bits", "bits", bits)?;
         with(slf, |cache| cache.set_scheme(cache.scheme().group_size(), bits))??;
         Ok(())
+    }
+
+    /// A BatchQuantizedKVCache of the sequences in `caches`; the shorter ones get padding on the left.
+    #[classmethod]
+    fn merge<'py>(class: &Bound<'py, PyType>, caches: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        class.py().get_type::<PyBatchQuantizedKvCache>().call_method1("merge", (caches,))
     }
 }
 

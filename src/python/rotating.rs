@@ -2,6 +2,7 @@
 
 use super::attention::PyMaskingCache;
 use super::base::{base, count};
+use super::batch_rotating::PyBatchRotatingKvCache;
 use super::cache_to_python;
 use crate::cache::plan::Ring;
 use crate::cache::{Cache, RotatingKvCache, Scheme};
@@ -79,6 +80,12 @@ impl PyRotatingKvCache {
         let scheme = Scheme::new(op, count(op, "group_size", group_size)?, count(op, "bits", bits)?)?;
         let quantized = with_rotating(slf.as_any(), |cache| cache.to_quantized(scheme))??;
         cache_to_python(slf.py(), Cache::Rotating(quantized))
+    }
+
+    /// A BatchRotatingKVCache of the sequences in `caches`; the shorter ones get padding on the left.
+    #[classmethod]
+    fn merge<'py>(class: &Bound<'py, PyType>, caches: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        class.py().get_type::<PyBatchRotatingKvCache>().call_method1("merge", (caches,))
     }
 }
 

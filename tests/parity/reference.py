@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm import batch_generate, generate, load, stream_generate
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import base, cache, llama
-from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.base import create_attention_mask, create_causal_mask, scaled_dot_product_attention
 
 __all__ = [
     "BatchGenerator",
@@ -17,12 +17,14 @@ __all__ = [
     "batch_generate",
     "cache",
     "create_attention_mask",
+    "create_causal_mask",
     "generate",
     "generate_step",
     "llama",
     "load",
     "model_module",
     "prefill",
+    "scaled_dot_product_attention",
     "stream_generate",
     "tiny_llama",
 ]

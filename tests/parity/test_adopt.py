@@ -85,16 +85,12 @@ def test_lists_are_adopted_with_their_children():
     assert outer.caches[0] is inner and type(inner[0]) is theirs.KVCache
 
 
-def test_classes_that_we_lack_and_subclasses_stay():
+def test_subclasses_stay():
     class Own(theirs.KVCache):
         pass
 
-    caches = [
-        Own(),
-        theirs.BatchKVCache([0, 1]),
-        theirs.BatchRotatingKVCache(8, [0]),
-    ]
-    assert all(a is b for a, b in zip(ours.adopt(caches), caches, strict=True))
+    cache = Own()
+    assert ours.adopt([cache])[0] is cache
 
 
 def test_recurrent_states_are_adopted_with_their_padding():

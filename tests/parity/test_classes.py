@@ -5,6 +5,8 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from .twins import COUNTS, ConcatenateTwins, KVTwins, QuantizedTwins, RotatingTwins
+from .twins_batch import BatchKVTwins, BatchRotatingTwins
+from .twins_batch_quantized import BatchQuantizedTwins
 from .twins_layers import ArraysTwins, ChunkedTwins
 from .twins_list import ListTwins
 from .twins_quantized import QuantizedRotatingTwins
@@ -16,8 +18,11 @@ SEQUENCES = {
     ConcatenateTwins: 100,
     ChunkedTwins: 100,
     ArraysTwins: 100,
-    ListTwins: 100,
+    ListTwins: 160,
     QuantizedRotatingTwins: 150,
+    BatchKVTwins: 130,
+    BatchRotatingTwins: 110,
+    BatchQuantizedTwins: 110,
 }
 
 

@@ -316,8 +316,6 @@ def test_our_classes_are_not_mlx_lms():
     for mine, other in [both("KVCache"), both("RotatingKVCache", 8), both("QuantizedKVCache")]:
         assert not isinstance(mine, type(other))
         assert type(mine).__name__ == type(other).__name__
-        # Batches of sequences are not there yet: mlx-lm then says so instead of running wrong.
-        assert not hasattr(mine, "merge")
 
 
 def test_a_stopped_prefill_leaves_all_layers_at_one_offset():

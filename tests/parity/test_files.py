@@ -244,8 +244,17 @@ def test_a_file_holds_the_valid_rows_only(tmp_path):
     assert sizes[ours] <= 1.05 * n_bytes + 4096 < 10 * n_bytes < sizes[theirs]
 
 
-def test_classes_of_mlx_lm_in_a_file_need_mlx_lm(tmp_path, monkeypatch):
-    ours.save_prompt_cache(tmp_path / "p", [CACHES["BatchKVCache"]()])
+def test_no_class_in_a_file_needs_mlx_lm(tmp_path, monkeypatch):
+    caches = [make() for make in CACHES.values()]
+    ours.save_prompt_cache(tmp_path / "p", caches)
     monkeypatch.setitem(__import__("sys").modules, "mlx_lm.models.cache", None)
-    with pytest.raises(ImportError, match="holds a BatchKVCache, which needs mlx-lm"):
+    loaded = ours.load_prompt_cache(tmp_path / "p")
+    assert [type(cache) for cache in loaded] == [getattr(ours, type(cache).__name__) for cache in caches]
+
+
+def test_a_number_of_a_sequence_beyond_32_bits_is_refused(tmp_path):
+    batch = theirs.BatchKVCache([1, 0])
+    batch.offset = mx.array([2**40, 0], mx.int64)
+    theirs.save_prompt_cache(str(tmp_path / "p.safetensors"), [batch])
+    with pytest.raises(mlxrs_py.CacheFormatError, match="numbers of 32 bits, got 1099511627776"):
         ours.load_prompt_cache(tmp_path / "p")

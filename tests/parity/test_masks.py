@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import mlxrs_py.cache as ours
 
 from .reference import cache as theirs
-from .reference import create_attention_mask
+from .reference import create_attention_mask, create_causal_mask
 from .twins import leaves
 
 PAIRS = {
@@ -60,3 +60,19 @@ def test_rings_with_kept_tokens_agree_until_they_are_full(updates, keep, window)
     for n_tokens in (1, 5):
         masks = [c.make_mask(n_tokens, window_size=window) for c in (mine, other)]
         assert leaves(masks[:1]) == leaves(masks[1:])
+
+
+@given(
+    st.integers(0, 9),
+    st.integers(0, 40),
+    st.none() | st.integers(0, 50),
+    st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    st.none() | st.integers(0, 9),
+)
+def test_the_causal_mask_of_a_batch(n_tokens, offset, window, left, right):
+    right = None if right is None else mx.array([right] * len(left or [1, 2]))
+    left = None if left is None else mx.array(left)
+    arguments = {"window_size": window, "right_padding": right, "left_padding": left}
+    assert leaves([ours.create_causal_mask(n_tokens, offset, **arguments)]) == leaves(
+        [create_causal_mask(n_tokens, offset, **arguments)]
+    )

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from mlxrs_py.cache import (
+    BatchKVCache,
+    BatchQuantizedKVCache,
+    BatchRotatingKVCache,
     ChunkedKVCache,
     ConcatenateKVCache,
     KVCache,
@@ -29,9 +32,12 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "QuantizedRotatingKVCache": lambda: QuantizedRotatingKVCache(max_size=8, keep=2, group_size=32, bits=4),
     "ConcatenateKVCache": ConcatenateKVCache,
     "ChunkedKVCache": lambda: ChunkedKVCache(chunk_size=8),
+    "BatchKVCache": lambda: BatchKVCache([0]),
+    "BatchRotatingKVCache": lambda: BatchRotatingKVCache(8, [0]),
+    "BatchQuantizedKVCache": lambda: BatchQuantizedKVCache([0], group_size=32, bits=4),
 }
 #: Classes that format 0.31 has no form for.
-ONLY_032 = {"QuantizedRotatingKVCache"}
+ONLY_032 = {"QuantizedRotatingKVCache", "BatchQuantizedKVCache"}
 every_class = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 #: Every way to a copy that goes its own way.
@@ -115,7 +121,6 @@ class TinyModel(nn.Module):
         return self.qkv
 
     def __call__(self, tokens: mx.array, cache: list[Any], input_embeddings: mx.array | None = None) -> mx.array:
-        assert tokens.shape[0] == 1
         h = self.embed(tokens) if input_embeddings is None else input_embeddings
         self.windows.append(h.shape[1])
         self.tokens.append(tokens[0].tolist())
@@ -126,13 +131,13 @@ class TinyModel(nn.Module):
         return self.out(h)
 
     def attend(self, qkv: mx.array, cache: Any) -> mx.array:
-        n_tokens = qkv.shape[1]
+        batch, n_tokens = qkv.shape[:2]
         if hasattr(cache, "make_mask"):
             mask = cache.make_mask(n_tokens, return_array=False, window_size=None)
         else:  # a chunked cache, handled as llama4 does it
             cache.maybe_trim_front()
             mask = mx.arange(cache.size() + n_tokens) <= mx.arange(n_tokens)[:, None] + cache.size()
-        q, k, v = (x.reshape(1, n_tokens, 2, 32).transpose(0, 2, 1, 3) for x in mx.split(qkv, 3, axis=-1))
+        q, k, v = (x.reshape(batch, n_tokens, 2, 32).transpose(0, 2, 1, 3) for x in mx.split(qkv, 3, axis=-1))
         q, k = self.rope(q, offset=cache.offset), self.rope(k, offset=cache.offset)
         keys, values = cache.update_and_fetch(k, v)
         if hasattr(cache, "bits"):
@@ -140,4 +145,4 @@ class TinyModel(nn.Module):
                 mx.dequantize(*rows, group_size=cache.group_size, bits=cache.bits) for rows in (keys, values)
             )
         h = mx.fast.scaled_dot_product_attention(q, keys, values, scale=32**-0.5, mask=mask)
-        return h.transpose(0, 2, 1, 3).reshape(1, n_tokens, 64)
+        return h.transpose(0, 2, 1, 3).reshape(batch, n_tokens, 64)

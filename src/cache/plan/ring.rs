@@ -118,7 +118,7 @@ impl Ring {
     }
 
     /// Written rows, oldest first; neighbours are joined.
-    fn temporal_order(&self) -> Vec<Segment> {
+    pub fn temporal_order(&self) -> Vec<Segment> {
         let len = self.len.unwrap_or(0);
         let order: Vec<Segment> = if self.index == len {
             vec![(0, len)]
