@@ -158,7 +158,7 @@ fn bridge(native: &Path, include: &Path) {
         .compile("mlxrs_bridge");
 }
 
-/// The object that hands libmlx's matrix products to `OpenBLAS`; the wheel takes it out of `OUT_DIR`.
+/// The object that hands the matrix products of libmlx to `OpenBLAS`; the wheel takes it out of `OUT_DIR`.
 fn blas(native: &Path) {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("mlxrs_blas.so");
     let mut command = cc::Build::new().flag("-fvisibility=hidden").get_compiler().to_command();

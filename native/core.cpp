@@ -58,6 +58,25 @@ extern "C" mlx_array mlxrs_scheduled_ancestor(const mlx_array array) {
   }
 }
 
+namespace {
+// How MLX-CUDA 0.32.4 describes a buffer (mlx/backend/cuda/allocator.h, which needs CUDA's own headers).
+struct CudaBuffer {
+  void* data;
+  size_t size;
+  int device;
+};
+} // namespace
+
+extern "C" bool mlxrs_cuda_memory(const mlx_array array, void** data, size_t* size) {
+  auto* buffer = static_cast<CudaBuffer*>(static_cast<mx::array*>(array.ctx)->buffer().ptr());
+  if (buffer == nullptr) {
+    return false;
+  }
+  *data = buffer->data;
+  *size = buffer->size;
+  return true;
+}
+
 extern "C" const char* mlxrs_mlx_version(void) {
   return mx::version();
 }

@@ -716,13 +716,20 @@ def save_prompt_cache_with_size(
 def check_save(metadata: Mapping[str, str], format: str) -> None:  # noqa: A002
     """Raise what a save with this metadata and format would raise."""
 
-def load_prompt_cache(file_name: str | PathLike[str], return_metadata: bool = False) -> Any:
+def load_prompt_cache(
+    file_name: str | PathLike[str], return_metadata: bool = False, *, threads: int | None = None
+) -> Any:
     """Load the caches of a file that we or mlx-lm wrote, in either format.
 
     Tries the exact name, then with ``.safetensors``. Gives a list, or with ``return_metadata`` a pair (list, dict).
     Registered classes come back as ``from_state`` makes them.
 
-    Errors: CacheFormatError for a file that is damaged or lies, before anything is built; OSError if it cannot be read.
+    ``threads`` read at once, straight to each row's place; on CUDA through pinned memory into device memory. None: the
+    environment variable ``MLXRS_PY_THREADS``, else the number of cores, at most 8. Pinned memory, 128 MiB at most, is
+    kept for the next load.
+
+    Errors: CacheFormatError for a file that is damaged or lies, before anything is built, or that changes while it is
+    read; OSError if it cannot be read.
     """
 
 def inspect_file(file_name: str | PathLike[str]) -> dict[str, Any]:

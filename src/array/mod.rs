@@ -1,10 +1,12 @@
 //! L1: the safe face of one MLX array, with the dozen operations that caches need.
 
 mod dtype;
+mod fresh;
 mod host;
 mod rows;
 
 pub use dtype::Dtype;
+pub use fresh::{DeviceBuffer, DeviceMemory, HostBuffer, Uploader};
 
 #[cfg(doc)]
 use crate::error::Error;

@@ -1,7 +1,9 @@
 //! L0: mlx-c behind owned handles. Every raw pointer of the crate lives in this folder.
 
 mod array_handle;
+pub(crate) mod cuda;
 mod error_handler;
+mod fresh;
 mod rows;
 mod vector;
 
@@ -25,6 +27,7 @@ mod raw {
 pub(crate) use array_handle::RawArray;
 pub(crate) use array_handle::{ArrayHandle, live_handles};
 pub(crate) use error_handler::check;
+pub(crate) use fresh::FreshHandle;
 pub(crate) use raw::{mlx_device_type_, mlx_dtype, mlx_dtype_};
 pub(crate) use vector::{async_eval, concatenate, eval, quantize};
 

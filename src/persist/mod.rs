@@ -4,6 +4,7 @@ pub mod atomic;
 mod convert;
 pub mod header;
 mod reader;
+mod restore;
 pub mod wire;
 mod writer;
 

@@ -1,19 +1,19 @@
 //! Reads a cache file: everything is checked before anything is built.
 
-use super::Metadata;
 use super::header::{self, Header, TensorInfo};
 use super::wire::{self, Decoded, Format};
+use super::{Metadata, restore};
 use crate::array::Array;
-use crate::cache::schema::{self, Rows};
-use crate::cache::{Cache, CacheState, STEP, plan};
+use crate::cache::{Cache, CacheState};
 use crate::error::{Error, Result};
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::mem::MaybeUninit;
+use std::num::NonZero;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
-/// Bytes of padding that a load may add beyond the size of the file; a buffer that would need more grows later.
-const MAX_PADDING: u64 = 1 << 30;
 /// Bytes that are copied at a time.
 const BLOCK: u64 = 1 << 20;
 
@@ -44,11 +44,11 @@ impl CacheFile {
         if !meta.is_file() {
             return Err(Error::format(&path, "file", "a regular file", "a pipe or a device"));
         }
-        let mut data = Data { path, file, start: 0, size: meta.len() };
+        let mut data = Data { stamp: stamp(&path, &meta)?, path, file, start: 0, size: meta.len() };
         let header = data.read_header()?;
         let mut read = |info: &TensorInfo| {
             let mut bytes = vec![0; info.n_bytes() as usize];
-            data.read(&mut bytes, info.start)?;
+            data.read(&mut bytes, data.start + info.start)?;
             Ok(bytes)
         };
         let Decoded { format, layers: caches, metadata } = wire::decode(&data.path, &header, &mut read)?;
@@ -60,16 +60,16 @@ impl CacheFile {
         &self.data.path
     }
 
-    /// Reads all tensors into buffers as the caches want them: rows are padded to whole steps where they grow.
+    /// Reads all tensors into buffers as the caches want them: rows are padded to whole steps where they grow. On CUDA
+    /// they go into device memory.
+    ///
+    /// `threads`: how many read at once; None: the environment variable `MLXRS_PY_THREADS`, else the cores, at most 8.
     ///
     /// # Errors
-    /// [`Error::Io`] if reading fails, [`Error::Format`] if the file became shorter, [`Error::Mlx`] if memory is short.
-    pub fn read(self) -> Result<(Vec<CacheState<Array>>, Metadata)> {
-        let Self { data, caches, metadata, .. } = self;
-        let mut padding = data.size.saturating_add(MAX_PADDING);
-        let mut read = |info, rows| data.read_tensor(&info, rows, &mut padding);
-        let mut read_one = |cache| schema::map_arrays(cache, &mut read);
-        Ok((caches.into_iter().map(&mut read_one).collect::<Result<_>>()?, metadata))
+    /// [`Error::Io`] if reading fails, [`Error::Format`] if the file became shorter or changes while it is read,
+    /// [`Error::Mlx`] if memory is short.
+    pub fn read(self, threads: Option<NonZero<usize>>) -> Result<(Vec<CacheState<Array>>, Metadata)> {
+        Ok((restore::read(&self.data, self.caches, threads)?, self.metadata))
     }
 
     /// Reads every byte of every tensor and keeps none; gives their number.
@@ -125,18 +125,64 @@ pub(super) struct Data {
     file: File,
     start: u64,
     size: u64,
+    stamp: Stamp,
+}
+
+/// Size and time of change of a file.
+type Stamp = (u64, SystemTime);
+
+fn stamp(path: &Path, meta: &std::fs::Metadata) -> Result<Stamp> {
+    Ok((meta.len(), meta.modified().map_err(|source| Error::io("read", path, source))?))
 }
 
 impl Data {
-    /// Fills `bytes` with those at `at` of the data.
-    fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
-        let at = self.start + at;
+    /// Bytes of the whole file.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where the data begins in the file.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Fails if somebody wrote into the file since it was opened.
+    pub fn check_unchanged(&self) -> Result<()> {
+        let meta = self.file.metadata().map_err(|source| Error::io("read", &self.path, source))?;
+        if stamp(&self.path, &meta)? == self.stamp {
+            return Ok(());
+        }
+        let expected = "a file that stays as it is while it is read";
+        Err(Error::format(&self.path, "data", expected, "one that changed"))
+    }
+
+    /// Fills `bytes` with those at byte `at` of the file.
+    pub fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
         self.file.read_exact_at(bytes, at).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => {
-                Error::format(&self.path, "data", format!("{} bytes at {at}", bytes.len()), "the end of the file")
-            }
+            io::ErrorKind::UnexpectedEof => self.too_short(bytes.len(), at),
             _ => Error::io("read", &self.path, error),
         })
+    }
+
+    /// As [`read`](Self::read), into memory that was never written.
+    pub fn read_uninit(&self, mut bytes: &mut [MaybeUninit<u8>], mut at: u64) -> Result<()> {
+        while !bytes.is_empty() {
+            match rustix::io::pread(&self.file, &mut *bytes, at) {
+                Ok(([], _)) => return Err(self.too_short(bytes.len(), at)),
+                Ok((read, _)) => {
+                    let n_bytes = read.len();
+                    at += n_bytes as u64;
+                    bytes = &mut bytes[n_bytes..];
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(Error::io("read", &self.path, error.into())),
+            }
+        }
+        Ok(())
+    }
+
+    fn too_short(&self, n_bytes: usize, at: u64) -> Error {
+        Error::format(&self.path, "data", format!("{n_bytes} bytes at {at}"), "the end of the file")
     }
 
     /// Hands `sink` the `n_bytes` at `at` of the data, block by block.
@@ -145,53 +191,11 @@ impl Data {
         let mut done = 0;
         while done < n_bytes {
             let block = &mut block[..(n_bytes - done).min(BLOCK) as usize];
-            self.read(block, at + done)?;
+            self.read(block, self.start + at + done)?;
             sink(block)?;
             done += block.len() as u64;
         }
         Ok(())
-    }
-
-    /// Reads one tensor. Of a buffer that its class pads, only the valid rows are read; zeros follow up to a whole
-    /// step, as long as all of them together stay within `padding` bytes.
-    fn read_tensor(&self, info: &TensorInfo, rows: Option<Rows>, padding: &mut u64) -> Result<Array> {
-        let mut shape: Vec<i32> = info.shape.iter().map(|&dim| dim as i32).collect();
-        let Some(rows) = rows.filter(|rows| rows.padded) else {
-            return Array::from_host(&shape, info.dtype, |bytes| self.read(bytes, info.start));
-        };
-        let row = info.shape[3] * info.dtype.size();
-        let zero_rows = (plan::round_up(rows.valid, STEP) - rows.valid) as u64;
-        let n_zeros =
-            [info.shape[0], info.shape[1], row].iter().try_fold(zero_rows, |n, &dim| n.checked_mul(dim as u64));
-        let padded = match n_zeros.and_then(|n| padding.checked_sub(n)) {
-            Some(left) => {
-                *padding = left;
-                rows.valid + zero_rows as usize
-            }
-            None => rows.valid,
-        };
-        let (in_file, valid, in_memory) = (info.shape[2] * row, rows.valid * row, padded * row);
-        shape[2] = padded as i32;
-        Array::from_host(&shape, info.dtype, |bytes| {
-            if valid == 0 {
-                return Ok(());
-            }
-            // Small heads are read many at a time.
-            let (group, mut block) = ((BLOCK as usize / in_file).max(1), Vec::new());
-            for (at, heads) in bytes.chunks_mut(group.saturating_mul(in_memory)).enumerate() {
-                let start = info.start + (at * group * in_file) as u64;
-                if group == 1 {
-                    self.read(&mut heads[..valid], start)?;
-                    continue;
-                }
-                block.resize(heads.len() / in_memory * in_file, 0);
-                self.read(&mut block, start)?;
-                for (head, rows) in heads.chunks_exact_mut(in_memory).zip(block.chunks_exact(in_file)) {
-                    head[..valid].copy_from_slice(&rows[..valid]);
-                }
-            }
-            Ok(())
-        })
     }
 
     /// Reads the header, and moves `start` behind it.
@@ -215,6 +219,6 @@ impl Data {
 /// # Errors
 /// As [`CacheFile::open`] and [`CacheFile::read`]; [`Error::Value`] for classes that this crate lacks.
 pub fn load_prompt_cache(path: &Path) -> Result<(Vec<Cache>, Metadata)> {
-    let (states, metadata) = CacheFile::open(path)?.read()?;
+    let (states, metadata) = CacheFile::open(path)?.read(None)?;
     Ok((states.into_iter().map(Cache::from_state).collect::<Result<_>>()?, metadata))
 }

@@ -9,10 +9,11 @@ use crate::cache::{Cache, CacheState, State};
 use crate::error::Error;
 use crate::persist::{CacheFile, Format, SaveOptions, Saved, check_metadata, write_states};
 use pyo3::IntoPyObjectExt;
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString};
 use std::collections::BTreeMap;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 /// Saves caches, ours or mlx-lm's, into one safetensors file, and gives its path.
@@ -88,15 +89,17 @@ fn metadata_from_python(metadata: &Bound<'_, PyAny>) -> PyResult<BTreeMap<String
 /// Loads the caches of a file that we or mlx-lm wrote, in either format. With `return_metadata` a pair
 /// (caches, metadata).
 #[pyfunction]
-#[pyo3(signature = (file_name, return_metadata = false))]
+#[pyo3(signature = (file_name, return_metadata = false, *, threads = None))]
 pub(super) fn load_prompt_cache(
     py: Python<'_>,
     file_name: PathBuf,
     return_metadata: bool,
+    threads: Option<i64>,
 ) -> PyResult<Bound<'_, PyAny>> {
+    let threads = threads.map(at_least_one).transpose()?;
     let (path, (states, metadata)) = py.detach(|| {
         let file = CacheFile::open(&file_name)?;
-        Ok::<_, Error>((file.path().to_owned(), file.read()?))
+        Ok::<_, Error>((file.path().to_owned(), file.read(threads)?))
     })?;
     let one = |(layer, state): (usize, _)| build(py, &path, &layer.to_string(), state);
     let caches = states.into_iter().enumerate().map(one).collect::<PyResult<Vec<_>>>()?;
@@ -106,6 +109,13 @@ pub(super) fn load_prompt_cache(
         return (caches, metadata).into_bound_py_any(py);
     }
     Ok(caches.into_any())
+}
+
+fn at_least_one(threads: i64) -> PyResult<NonZero<usize>> {
+    let found = usize::try_from(threads).ok().and_then(NonZero::new);
+    found.ok_or_else(|| {
+        PyValueError::new_err(format!("load_prompt_cache: expected threads of at least 1, got {threads}"))
+    })
 }
 
 /// Deepest nesting of metadata; deeper keys stay dotted.

@@ -190,7 +190,7 @@ fn a_file_that_shrinks_after_the_check_is_an_error_not_a_short_cache() {
     save(&path, &all(), &options(Format::V032));
     let file = CacheFile::open(&path).unwrap();
     std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(5000).unwrap();
-    assert!(matches!(file.read(), Err(Error::Format { .. })));
+    assert!(matches!(file.read(None), Err(Error::Format { .. })));
 }
 
 #[test]

@@ -16,6 +16,7 @@ mod mock;
 mod prefill;
 mod prompt;
 mod recast;
+mod restore;
 mod revive;
 mod schema;
 mod store;

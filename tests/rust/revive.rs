@@ -9,7 +9,7 @@ use std::path::Path;
 pub fn revive(file: &[u8], folder: &Path) {
     let path = folder.join("damaged.safetensors");
     std::fs::write(&path, file).expect("scratch");
-    let (states, _) = CacheFile::open(&path).expect("what decodes opens").read().expect("what decodes reads");
+    let (states, _) = CacheFile::open(&path).expect("what decodes opens").read(None).expect("what decodes reads");
     let own = states.into_iter().filter(|cache| is_own(&cache.class, &cache.state));
     let mut caches: Vec<Cache> = own.map(|state| Cache::from_state(state).expect("what is checked is taken")).collect();
     for cache in caches.iter_mut().filter(|cache| cache.as_kv().is_ok()) {

@@ -1,0 +1,125 @@
+//! Arrays whose bytes come from outside: memory that is written before MLX sees it.
+
+use super::{Array, Dtype, to_mlx};
+use crate::error::{Error, Result};
+use crate::ffi::{FreshHandle, cuda};
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// A fresh array in host memory, to be written by whoever holds its bytes.
+pub struct HostBuffer(FreshHandle);
+
+impl HostBuffer {
+    /// Memory for an array of this shape.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a negative or overflowing shape, [`Error::Mlx`] if memory is short.
+    pub fn new(shape: &[i32], dtype: Dtype) -> Result<Self> {
+        FreshHandle::new("new array", shape, to_mlx(dtype), n_bytes(shape, dtype)?).map(Self)
+    }
+
+    /// All its bytes, row-major. What is never written has any value.
+    pub fn bytes(&mut self) -> &mut [MaybeUninit<u8>] {
+        self.0.bytes()
+    }
+
+    /// The array.
+    pub fn finish(self) -> Array {
+        Array(self.0.finish())
+    }
+}
+
+/// Bytes of an array of this shape.
+fn n_bytes(shape: &[i32], dtype: Dtype) -> Result<usize> {
+    let size = shape.iter().try_fold(dtype.size(), |bytes, &dim| bytes.checked_mul(usize::try_from(dim).ok()?));
+    size.ok_or_else(|| Error::value("new array", "a shape that fits in memory", format!("{shape:?}")))
+}
+
+/// An array of zeros in CUDA device memory, to be written by an [`Uploader`].
+pub struct DeviceBuffer {
+    array: Array,
+    memory: DeviceMemory,
+}
+
+/// The memory of a [`DeviceBuffer`].
+pub struct DeviceMemory(cuda::Memory);
+
+impl DeviceBuffer {
+    /// Zeros of these shapes, computed; None where arrays do not lie in CUDA device memory.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if device memory is short.
+    pub fn zeros<'a>(shapes: impl Iterator<Item = (&'a [i32], Dtype)>) -> Result<Option<Vec<Self>>> {
+        if !crate::ffi::on_cuda() || !cuda::is_there() {
+            return Ok(None);
+        }
+        let arrays = shapes.map(|(shape, dtype)| n_bytes(shape, dtype).and_then(|_| Array::zeros(shape, dtype)));
+        let arrays = arrays.collect::<Result<Vec<_>>>()?;
+        super::eval("zeros", &arrays)?;
+        let buffers = arrays.into_iter().map(|array| {
+            let memory = DeviceMemory(cuda::Memory::of(&array.0, array.n_bytes())?);
+            Ok(Self { array, memory })
+        });
+        buffers.collect::<Result<_>>().map(Some)
+    }
+
+    /// Where uploads go.
+    pub const fn memory(&self) -> &DeviceMemory {
+        &self.memory
+    }
+
+    /// The array; every upload into it was [finished](Uploader::finish).
+    pub fn finish(self) -> Array {
+        self.array
+    }
+}
+
+/// Copies host bytes into device memory, on a stream of its own: one piece is on its way while the next is filled.
+///
+/// It waits for what it sent before it goes, so that the memory, which lives for `'a`, outlives every copy.
+pub struct Uploader<'a>(cuda::Uploader, PhantomData<&'a DeviceMemory>);
+
+impl<'a> Uploader<'a> {
+    /// Two pinned slots of `slot_bytes` each.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if CUDA fails.
+    pub fn new(slot_bytes: usize) -> Result<Self> {
+        Ok(Self(cuda::Uploader::new(slot_bytes)?, PhantomData))
+    }
+
+    /// The slot to fill next, once the device has read what it held.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if an earlier copy failed.
+    pub fn slot(&mut self) -> Result<&mut [u8]> {
+        self.0.slot()
+    }
+
+    /// Sends `n_heads` runs of `valid` bytes, `pitch` apart in the slot, to the front of as many equal parts of
+    /// `range` in `memory`.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if CUDA fails.
+    ///
+    /// # Panics
+    /// If the runs do not lie in the slot and in the memory.
+    pub fn upload(
+        &mut self,
+        memory: &'a DeviceMemory,
+        range: &Range<usize>,
+        [n_heads, valid]: [usize; 2],
+        pitch: usize,
+    ) -> Result<()> {
+        self.0.upload(&memory.0, range, [n_heads, valid], pitch)
+    }
+
+    /// Waits for all that was sent.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if a copy failed.
+    pub fn finish(self) -> Result<()> {
+        self.0.finish()
+    }
+}
