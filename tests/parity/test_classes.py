@@ -20,9 +20,9 @@ SEQUENCES = {
     ArraysTwins: 100,
     ListTwins: 160,
     QuantizedRotatingTwins: 150,
-    BatchKVTwins: 130,
-    BatchRotatingTwins: 110,
-    BatchQuantizedTwins: 110,
+    BatchKVTwins: 180,
+    BatchRotatingTwins: 180,
+    BatchQuantizedTwins: 180,
 }
 
 
