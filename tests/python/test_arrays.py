@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlxrs_py.cache import ArraysCache, Cache, load_prompt_cache, save_prompt_cache
-from tiny import COPIES, leaves
+from tiny import COPIES, active_memory, leaves
 
 
 def state(*shape, seed=0, dtype=mx.float32):
@@ -249,10 +249,10 @@ def test_a_deep_copy_shares_memory():
     cache = ArraysCache(1)
     cache[0] = state(1, 1000, 1000)
     mx.eval(cache.state)
-    before = mx.get_active_memory()
+    before = active_memory()
     twin = copy.deepcopy(cache)
     mx.eval(twin.state)
-    assert mx.get_active_memory() == before
+    assert active_memory() == before
 
 
 def test_it_is_a_cache_as_a_python_object():

@@ -10,7 +10,7 @@ import pytest
 
 import mlxrs_py
 from mlxrs_py.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, RotatingKVCache
-from tiny import TinyModel, feed, leaves, raw
+from tiny import TinyModel, active_memory, feed, leaves, raw
 
 N_LAYERS, STEP = 4, 4
 TOKENS, QUESTION = list(range(1, 23)), [30, 31, 32]
@@ -181,7 +181,7 @@ def test_a_rollback_copies_no_buffer():
     mlxrs_py.prefill(model, TOKENS[:3], caches, step_size=2)
     mx.clear_cache()
     mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = active_memory()
     with pytest.raises(Stop):
         mlxrs_py.prefill(model, TOKENS, caches, step_size=2)
     assert caches[0].offset == 20_005

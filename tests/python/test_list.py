@@ -22,7 +22,7 @@ from mlxrs_py.cache import (
     save_prompt_cache,
     trim_prompt_cache,
 )
-from tiny import COPIES, TinyModel, feed, leaves
+from tiny import COPIES, TinyModel, active_memory, feed, leaves
 
 DUPLICATES = {**COPIES, "pickle": lambda cache: pickle.loads(pickle.dumps(cache))}
 
@@ -230,10 +230,10 @@ def test_copies_keep_what_is_shared_inside():
 def test_a_deep_copy_shares_memory():
     cache = CacheList(feed(KVCache(), 4000), states(mx.ones((1, 100_000))))
     mx.eval(cache.state)
-    before = mx.get_active_memory()
+    before = active_memory()
     twin = copy.deepcopy(cache)
     mx.eval(twin.state)
-    assert mx.get_active_memory() == before
+    assert active_memory() == before
 
 
 class Own(CacheList):

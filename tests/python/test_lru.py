@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlxrs_py.cache import KVCache, LRUPromptCache, RotatingKVCache
-from tiny import feed, leaves
+from tiny import active_memory, feed, leaves
 
 
 class Stub:
@@ -123,13 +123,6 @@ def test_layers_that_cannot_be_trimmed_alike_are_no_hit():
     assert cache.fetch_nearest_cache("m", [1, 2]) == (None, [1, 2])
     cache.insert_cache("m", [1], [Stub()])
     assert cache.fetch_nearest_cache("m", [1, 2, 9])[1] == [2, 9]
-
-
-def active_memory():
-    """Give the bytes of arrays that are alive, once nothing is on its way any more."""
-    gc.collect()
-    mx.synchronize()
-    return mx.get_active_memory()
 
 
 def test_a_hit_shares_memory_until_it_is_written_and_then_only_what_is_written_is_new():

@@ -13,7 +13,7 @@ import pytest
 
 import mlxrs_py.cache
 from mlxrs_py.cache import Cache, KVCache, QuantizedKVCache, RotatingKVCache
-from tiny import COPIES, MAKERS, every_class, feed, leaves, noise, raw
+from tiny import COPIES, MAKERS, active_memory, every_class, feed, leaves, noise, raw
 
 
 class Labelled(KVCache):
@@ -171,17 +171,17 @@ def test_a_copy_shares_attributes_and_a_deep_copy_does_not(make):
 def test_a_deep_copy_shares_memory_until_one_of_the_two_writes():
     cache = feed(KVCache(), 4000, heads=4, dim=64)
     mx.eval(cache.state)
-    before = mx.get_active_memory()
+    before = active_memory()
     twin = copy.deepcopy(cache)
     mx.eval(twin.state)
-    assert mx.get_active_memory() - before < 4096
+    assert active_memory() - before < 4096
     mx.eval(feed(twin, 1, heads=4, dim=64).state)
-    grown = mx.get_active_memory() - before
+    grown = active_memory() - before
     assert 0.9 * cache.nbytes < grown < 1.2 * cache.nbytes
-    again = mx.get_active_memory()
+    again = active_memory()
     for _ in range(5):
         mx.eval(feed(twin, 1, heads=4, dim=64).state)
-    assert mx.get_active_memory() - again < 4096
+    assert active_memory() - again < 4096
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -291,12 +291,12 @@ def test_a_cycle_through_a_cache_is_collected(make):
 @every_class
 def test_memory_goes_when_the_cache_goes(make):
     gc.collect()
-    before = mx.get_active_memory()
+    before = active_memory()
     cache = feed(make(), 2000, 1, dim=64)
     mx.eval(cache.state)
-    assert mx.get_active_memory() > before
+    assert active_memory() > before
     del cache
-    assert mx.get_active_memory() == before
+    assert active_memory() == before
 
 
 @every_class

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -77,6 +78,13 @@ def advance(cache: Any, *counts: int) -> list[int]:
 def held(rows: mx.array) -> list[int]:
     """Give the positions that rows of `positions` hold."""
     return [int(x) for x in rows[0, 0, :, 0].tolist()]
+
+
+def active_memory() -> int:
+    """Give the bytes of arrays that are alive, once nothing is on its way any more."""
+    gc.collect()
+    mx.synchronize()
+    return mx.get_active_memory()
 
 
 def raw(array: mx.array) -> tuple[Any, ...]:
