@@ -12,7 +12,7 @@ import mlxrs_py
 import mlxrs_py.cache as ours
 
 from . import tiny_models
-from .reference import cache, model_module
+from .reference import BatchGenerator, cache, model_module
 from .spy import calls
 from .stops import Stop, lines_until
 from .tiny_models import leaf_caches, tokens
@@ -84,6 +84,31 @@ def test_logits_and_states_on_adopted_caches_are_those_with_mlx_lms(name):
     run(mine, ours.make_prompt_cache(mine))
     run(other, cache.make_prompt_cache(other))
     same(mine, other)
+
+
+@every_shape
+def test_logits_and_states_of_every_batch_are_those_with_mlx_lms_caches(name):
+    """Prompts of unequal lengths, one of them added while the others generate, and each ends at its own time."""
+
+    def use(model):
+        generator, said = BatchGenerator(model, prefill_step_size=16), []
+        generator.insert([tokens(50), tokens(5, 50), tokens(33, 60)], max_tokens=[N_STEPS, 9, 14])
+        while any(responses := generator.next()):
+            for answer in responses[1]:
+                held = answer.prompt_cache or []
+                said.append((answer.uid, answer.token, leaves([c.state for c in held])))
+                model.classes.update(map(type, [*held, *leaf_caches(held)]))
+            if len(said) == 9:
+                generator.insert([tokens(20, 100)], max_tokens=[12])
+        generator.close()
+        return said
+
+    if name == "llama4":
+        for context in (nullcontext(), mlxrs_py.install()):
+            with context, pytest.raises(ValueError, match="ChunkedKVCache'> does not yet support batching"):
+                use(tiny_models.make(name))
+    else:
+        on_both(name, use)
 
 
 @every_shape
