@@ -22,7 +22,7 @@ LIBRARIES = $$($(BIN)/python -c 'import importlib.util as u, os, sysconfig; \
 # pip's own environment for the build is off the path that cargo's tests see.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help build demo test lint rust python parity wheel test-wheel soak suite miri asan bench clean
+.PHONY: help build demo test lint rust python parity test-upstream wheel test-wheel soak suite miri asan bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,7 +38,7 @@ build: $(VENV)/.installed ## a virtual environment with the project and the defa
 demo: build ## cache a document with a real model, answer two questions about it from the cache
 	$(BIN)/python examples/demo.py
 
-test: lint rust python parity test-wheel ## everything, in its short form
+test: lint rust python parity test-upstream test-wheel ## everything, in its short form
 
 lint: build ## formatting, clippy, ruff, types, stubs, layers
 	cargo fmt --check
@@ -62,6 +62,9 @@ python: build ## Python tests
 
 parity: build ## the same operations on mlx-lm's classes, bit for bit
 	$(BIN)/python -m pytest -q tests/parity
+
+test-upstream: build ## mlx-lm's own tests of its caches, unchanged, on ours
+	PYTHONPATH=tests $(BIN)/python -m pytest -q -p upstream.plugin "$$($(BIN)/python tests/upstream/fetch.py target/upstream)"
 
 wheel: build ## dist/*.whl for this Python: no libmlx inside, manylinux_2_35
 	rm -rf dist

@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, Self
 
-from mlxrs_py import cache
+from mlxrs_py import _kv_bits, cache
 
 __all__ = ["CLASSES", "FUNCTIONS", "Installation", "install", "uninstall"]
 
@@ -79,8 +79,12 @@ def install(*, any_version: bool = False) -> Installation:
     Call it before your own ``from mlx_lm.models.cache import …`` and before caches are made: modules outside of mlx-lm
     keep what they imported, and a cache keeps its class. Calling it again changes nothing. Any thread may call it.
 
+    ``kv_bits`` reaches batches too: ``BatchGenerator`` and ``batch_generate`` take ``kv_bits``, ``kv_group_size`` (64)
+    and ``quantized_kv_start`` (5000 tokens), and mlx-lm's server batches requests when it runs with ``--kv-bits``.
+
     Args:
-        any_version: Take an mlx-lm that this package was not tested with, too.
+        any_version: Take an mlx-lm that this package was not tested with. There the names are swapped and no more:
+            batches are not quantized.
 
     Returns:
         A context manager: ``with mlxrs_py.install():`` ends with the block, unless another call still holds. It may
@@ -92,7 +96,7 @@ def install(*, any_version: bool = False) -> Installation:
     """
     global _installs
     # Outside the lock: an import takes locks of its own.
-    version, theirs = _import_mlx_lm()
+    version, theirs, generate, server = _import_mlx_lm()
     if version != _TESTED and not any_version:
         raise ImportError(
             f"mlxrs_py.install is tested with mlx-lm {_TESTED}, but mlx-lm {version} is installed: "
@@ -104,6 +108,8 @@ def install(*, any_version: bool = False) -> Installation:
             names = (name for name in (*CLASSES, *FUNCTIONS) if hasattr(theirs, name) and hasattr(cache, name))
             _swapped.extend((getattr(theirs, name), getattr(cache, name)) for name in names)
             _replace(_swapped)
+            if version == _TESTED:
+                _kv_bits.install(generate, server)
         _installs += 1
         return Installation(_epoch)
 
@@ -115,20 +121,21 @@ def uninstall() -> None:
     """
     global _installs, _epoch
     with _lock:
+        _kv_bits.uninstall()
         _replace([(ours, theirs) for theirs, ours in _swapped])
         _swapped.clear()
         _installs = 0
         _epoch += 1
 
 
-def _import_mlx_lm() -> tuple[str, ModuleType]:
+def _import_mlx_lm() -> tuple[str, ModuleType, ModuleType, ModuleType]:
     try:
         version = import_module("mlx_lm").__version__
     except ModuleNotFoundError as error:
         if error.name != "mlx_lm":
             raise
         raise ImportError(f"mlxrs_py.install needs mlx-lm: pip install mlx-lm=={_TESTED}", name="mlx_lm") from error
-    return version, import_module(_CACHE_MODULE)
+    return version, import_module(_CACHE_MODULE), import_module("mlx_lm.generate"), import_module("mlx_lm.server")
 
 
 def _replace(pairs: list[tuple[Any, Any]]) -> None:

@@ -2,7 +2,8 @@
 
 use super::attention::PyMaskingCache;
 use super::base::{base, count};
-use super::batch_kv::PyBatchKvCache;
+use super::batch::merged;
+use super::cache_to_python;
 use super::quantized::PyQuantizedKvCache;
 use super::wrap;
 use crate::cache::Cache;
@@ -46,6 +47,6 @@ impl PyKvCache {
     /// A BatchKVCache of the sequences in `caches`; the shorter ones get padding on the left.
     #[classmethod]
     fn merge<'py>(class: &Bound<'py, PyType>, caches: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        class.py().get_type::<PyBatchKvCache>().call_method1("merge", (caches,))
+        cache_to_python(class.py(), merged(caches)?)
     }
 }

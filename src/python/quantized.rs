@@ -2,7 +2,8 @@
 
 use super::attention::PyMaskingCache;
 use super::base::{base, count};
-use super::batch_kv::PyBatchQuantizedKvCache;
+use super::batch::merged;
+use super::cache_to_python;
 use crate::cache::{Cache, QuantizedKvCache};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -64,7 +65,7 @@ impl PyQuantizedKvCache {
     /// A BatchQuantizedKVCache of the sequences in `caches`; the shorter ones get padding on the left.
     #[classmethod]
     fn merge<'py>(class: &Bound<'py, PyType>, caches: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        class.py().get_type::<PyBatchQuantizedKvCache>().call_method1("merge", (caches,))
+        cache_to_python(class.py(), merged(caches)?)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::attention::PyMaskingCache;
 use super::base::{base, count};
-use super::batch_rotating::PyBatchRotatingKvCache;
+use super::batch::merged;
 use super::cache_to_python;
 use crate::cache::plan::Ring;
 use crate::cache::{Cache, RotatingKvCache, Scheme};
@@ -85,7 +85,7 @@ impl PyRotatingKvCache {
     /// A BatchRotatingKVCache of the sequences in `caches`; the shorter ones get padding on the left.
     #[classmethod]
     fn merge<'py>(class: &Bound<'py, PyType>, caches: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        class.py().get_type::<PyBatchRotatingKvCache>().call_method1("merge", (caches,))
+        cache_to_python(class.py(), merged(caches)?)
     }
 }
 

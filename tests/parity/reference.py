@@ -10,9 +10,11 @@ from mlx_lm import batch_generate, generate, load, stream_generate
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import base, cache, llama
 from mlx_lm.models.base import create_attention_mask, create_causal_mask, scaled_dot_product_attention
+from mlx_lm.server import ResponseGenerator
 
 __all__ = [
     "BatchGenerator",
+    "ResponseGenerator",
     "base",
     "batch_generate",
     "cache",

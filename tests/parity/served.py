@@ -19,21 +19,23 @@ from typing import Any
 #: MLX's threads may abort the process, mlx-lm's too.
 OURS = """
 import json, os, sys
-from mlx_lm.models import cache as theirs
 from mlxrs_py import cache as ours
+from mlx_lm.models import cache as theirs
 from mlxrs_py.cli import main
 from mlxrs_py.install import CLASSES
-from parity.spy import by_class, calls
+from parity.spy import calls
 
 names = [name for name in (*CLASSES, "BatchQuantizedKVCache") if hasattr(ours, name)]
 classes = [getattr(module, name) for module in (ours, theirs) for name in names if hasattr(module, name)]
 with calls(classes) as counts:
     code = main(["run", "mlx_lm.server", *sys.argv[1:]])
-print(json.dumps(by_class(counts)), flush=True)
+print(json.dumps({f"{cls.__module__}.{cls.__name__}.{name}": n for (cls, name), n in counts.items()}), flush=True)
 os._exit(code)
 """
+#: Ours is imported for its BLAS, so that both sides have the same one.
 THEIRS = """
 import os, sys
+import mlxrs_py
 from mlx_lm.server import main
 
 main()
@@ -43,7 +45,7 @@ os._exit(0)
 
 
 class Server:
-    """Requests to a server that runs; ``counts`` is there when it has ended."""
+    """Requests to a server that runs; ``counts``, by full name of the method, is there when it has ended."""
 
     def __init__(self, port: int) -> None:
         self.address = f"http://127.0.0.1:{port}"
@@ -54,12 +56,16 @@ class Server:
             return True
         return False
 
-    def complete(self, prompt: str, **options: Any) -> tuple[str, int]:
+    def complete(self, prompt: str, on_line: Any = None, **options: Any) -> tuple[str, int]:
         """Give the text, streamed or not, and how many tokens of the prompt were cached."""
         body = {"prompt": prompt, "max_tokens": 6, "stream_options": {"include_usage": True}, **options}
         request = urllib.request.Request(f"{self.address}/v1/completions", json.dumps(body).encode())
         with urllib.request.urlopen(request, timeout=280) as response:
-            lines = response.read().decode().splitlines()
+            lines = []
+            for line in response:
+                lines.append(line.decode())
+                if on_line is not None:
+                    on_line()
         if options.get("stream"):
             lines = [line.removeprefix("data: ") for line in lines if line.startswith("data: {")]
             assert len(lines) > 2

@@ -266,3 +266,23 @@ def test_attention_over_a_quantized_batch_is_mlx_lms_over_the_same_rows(bits, gr
         alone = [[part[at : at + 1, :, start:] for part in triple] for triple in whole]
         one = scaled_dot_product_attention(queries[at : at + 1] + 0, *alone, batch, scale=0.2, mask="causal")
         assert mx.allclose(one, together[at : at + 1], atol=1e-5).item()
+
+
+def test_rings_become_a_batch_of_rings_whoever_is_asked():
+    caches = [[module.RotatingKVCache(max_size=4) for _ in range(2)] for module in (ours, theirs)]
+    assert type(theirs.KVCache.merge(caches[1])) is theirs.BatchKVCache
+    batch = ours.KVCache.merge(caches[0])
+    assert type(batch) is ours.BatchRotatingKVCache and batch.max_size == 4
+
+
+def test_a_batch_may_hold_more_rows_than_it_has_numbers_for_but_joins_no_other():
+    for module in (ours, theirs):
+        batch = module.BatchKVCache([1])
+        batch.update_and_fetch(mx.ones((3, 1, 2, 4)), mx.ones((3, 1, 2, 4)))
+        assert batch.offset.tolist() == [1]
+    batch, other = ours.BatchKVCache([1]), ours.BatchKVCache([0])
+    batch.update_and_fetch(mx.ones((3, 1, 2, 4)), mx.ones((3, 1, 2, 4)))
+    other.update_and_fetch(mx.ones((1, 1, 2, 4)), mx.ones((1, 1, 2, 4)))
+    for one, two in ((batch, other), (other, batch)):
+        with pytest.raises(ValueError, match="rows of 1 sequences, got 3"):
+            one.extend(two)

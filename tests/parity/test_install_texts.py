@@ -1,13 +1,15 @@
 """After ``install()`` mlx-lm says on the default model what it says without, and our caches ran."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import mlxrs_py
 import mlxrs_py.cache as ours
 from mlxrs_py.default_model import default_model_path
 
+from .reference import batch_generate, generate, load, stream_generate
 from .reference import cache as theirs
-from .reference import generate, load, stream_generate
 from .served import OURS, THEIRS, serve
 from .spy import by_class, calls
 
@@ -42,6 +44,13 @@ def test_stream_generate(model_and_tokenizer):
     assert len(parts) == 4 and ran["update_and_fetch"] >= 4 * 30
 
 
+def test_batch_generate(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    prompts = [tokenizer.encode(text) for text in (PROMPT, "The capital of Italy, a country in Europe, is")]
+    texts, ran = both(lambda: batch_generate(model, tokenizer, prompts, max_tokens=4).texts)
+    assert "Paris" in texts[0] and texts[1] not in ("", texts[0]) and ran["merge"] >= 30
+
+
 def test_speculative_decoding(model_and_tokenizer):
     """The draft is the model without its last layers, so that it is often wrong."""
     draft, _ = load(str(default_model_path()))
@@ -66,4 +75,32 @@ def test_the_server():
     assert said[0] == said[1]
     assert "Paris" in said[1][0][0] and said[1][1][1] >= 10
     assert all(name.startswith("mlxrs_py.") for name in server.counts), server.counts
-    assert server.counts["mlxrs_py.cache.KVCache"] >= 30
+    assert sum(n for name, n in server.counts.items() if name.endswith(".update_and_fetch")) >= 30, server.counts
+
+
+def test_two_requests_at_once_are_quantized_in_one_batch():
+    """mlx-lm's server runs requests one by one as soon as it gets --kv-bits."""
+    model = [
+        "--model",
+        str(default_model_path()),
+        "--log-level",
+        "ERROR",
+        "--kv-bits",
+        "8",
+        "--quantized-kv-start",
+        "4",
+    ]
+    answers = []
+    with serve(OURS, *model) as server, ThreadPoolExecutor() as pool:
+
+        def join_in():
+            if len(answers) == 0:
+                answers.append(pool.submit(server.complete, "The capital of Italy is"))
+
+        first, _ = server.complete(PROMPT, on_line=join_in, max_tokens=24, stream=True)
+        second, _ = answers[0].result()
+    assert "Paris" in first and "Rome" in second
+    assert all(name.startswith("mlxrs_py.") for name in server.counts), server.counts
+    # Each of the 30 layers took the second request into a batch that ran.
+    assert server.counts["mlxrs_py.cache.BatchQuantizedKVCache.extend"] == 30
+    assert server.counts["mlxrs_py.cache.BatchQuantizedKVCache.update_and_fetch"] >= 30 * 20

@@ -11,16 +11,18 @@ import sys
 from collections import Counter
 from types import ModuleType
 
+import mlxrs_py
+from mlxrs_py import cache as ours
+from mlxrs_py.default_model import default_model_path
+from mlxrs_py.install import CLASSES, FUNCTIONS
+
+# isort: split
+# MLX comes after our package, which chooses its BLAS.
 import mlx_lm.utils
 import pytest
 from mlx_lm.models import base
 from mlx_lm.models import cache as theirs
 from parity.spy import by_class, calls
-
-import mlxrs_py
-from mlxrs_py import cache as ours
-from mlxrs_py.default_model import default_model_path
-from mlxrs_py.install import CLASSES, FUNCTIONS
 
 N_TESTS = 25
 ORIGINALS = {name: getattr(theirs, name) for name in (*CLASSES, *FUNCTIONS)}
@@ -72,9 +74,10 @@ class Plugin:
 
     def pytest_terminal_summary(self, terminalreporter):
         terminalreporter.section("calls into our classes")
+        called = self.called()
         for name in CLASSES:
             terminalreporter.write_line(
-                f"{name:<24}{self.counts[name]:>7}{'' if name in self.used else '  (not used)'}"
+                f"{name:<24}{called.get(name, 0):>7}{'' if name in self.used else '  (not used)'}"
             )
         for fault in self.faults:
             terminalreporter.write_line(fault, red=True)

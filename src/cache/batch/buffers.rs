@@ -74,7 +74,8 @@ impl Buffers {
     ) -> Result<([KvTensor; 2], Update)> {
         let first = [&self.keys, &self.values].map(|rows| rows.as_ref().map(|rows| &rows.arrays()[0]));
         let update = check_update(op, new, first, counts, self.scheme.is_some())?;
-        if new[0].dim(0) != n_sequences {
+        // mlx-lm lets a batch hold more rows than it has numbers for.
+        if new[0].dim(0) < n_sequences {
             return Err(Error::value(op, format!("rows of {n_sequences} sequences"), new[0].dim(0)));
         }
         let Some(scheme) = self.scheme else { return Ok((new.map(|rows| KvTensor::Dense(rows.clone())), update)) };
@@ -115,6 +116,15 @@ impl Buffers {
         let (Some(keys), Some(values)) = (&self.keys, &self.values) else { return Err(nothing_yet()) };
         let one = |array: &Array| array.take_first_axis(at, at + 1)?.rows(from, to)?.contiguous();
         Ok([keys.try_map(one)?, values.try_map(one)?])
+    }
+
+    /// Checks that there are rows of just `n_sequences`, or none.
+    pub(super) fn check_sequences(&self, op: &'static str, n_sequences: usize) -> Result<()> {
+        let n_rows = self.keys.as_ref().map(|rows| rows.arrays()[0].dim(0));
+        match n_rows.filter(|&n_rows| n_rows != n_sequences) {
+            None => Ok(()),
+            Some(n_rows) => Err(Error::value(op, format!("rows of {n_sequences} sequences"), n_rows)),
+        }
     }
 
     /// The sequences of both, each moved to the right by its shift and of `len` rows; one side may be empty, and then

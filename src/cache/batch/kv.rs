@@ -199,6 +199,8 @@ impl BatchCache for BatchKvCache {
         if self.right_padding.is_some() || other.right_padding.is_some() {
             return Err(not_finalized(op));
         }
+        self.buffers.check_sequences(op, self.sequences.len())?;
+        other.buffers.check_sequences(op, other.sequences.len())?;
         // Right-justified, so that both go on at one column.
         let index = self.index.max(other.index);
         let shifts = [index - self.index, index - other.index];

@@ -300,6 +300,8 @@ impl BatchCache for BatchRotatingKvCache {
         if self.pending.is_some() || other.pending.is_some() {
             return Err(not_finalized(op));
         }
+        self.buffers.check_sequences(op, self.sequences.len())?;
+        other.buffers.check_sequences(op, other.sequences.len())?;
         self.check(op)?;
         other.check(op)?;
         let aligned = self.ring.rotated == other.ring.rotated && self.ring.index == other.ring.index;

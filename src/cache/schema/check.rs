@@ -264,14 +264,18 @@ impl<T: Described> Checked<'_, T> {
         Ok([b, h, rows])
     }
 
-    /// Arrays `(B,)` agree with each other and with the batch of the keys.
-    fn check_sequences(&self, batch: Option<usize>) -> Result<(), Fault> {
-        let mut batch = batch;
+    /// Arrays `(n,)` agree with each other; there are rows of as many sequences, or of more, as mlx-lm allows.
+    fn check_sequences(&self, n_rows: Option<usize>) -> Result<(), Fault> {
+        let mut agreed = None;
         for (at, field) in self.class.fields.iter().enumerate() {
             if let (Kind::PerSequence, State::Array(array)) = (field.kind, &self.items[at]) {
                 let n = array.shape().first().copied().unwrap_or(0);
-                if n != *batch.get_or_insert(n) {
-                    return Err(self.fault(at, format!("{batch:?} sequences"), n.to_string()));
+                let expected = *agreed.get_or_insert(n);
+                if n != expected {
+                    return Err(self.fault(at, format!("{expected} sequences"), n.to_string()));
+                }
+                if let Some(n_rows) = n_rows.filter(|&n_rows| n > n_rows) {
+                    return Err(self.fault(at, format!("at most {n_rows} sequences"), n.to_string()));
                 }
             }
         }
