@@ -544,8 +544,8 @@ class PromptTrie:
     """Values of any kind under sequences of tokens, per model: a compressed radix tree.
 
     ``model`` is any hashable object. ``tokens`` are ints of 64 bits in a list, a tuple, another sequence, or a NumPy or
-    mlx array of one axis; the tree holds its own. Every method takes time linear in them, ``search`` also in the tokens
-    of ``longer``, which it lists.
+    mlx array of one axis; the tree holds its own. Every method takes time linear in them; ``search`` also in the tokens
+    of ``longer``, which it lists, and ``add`` in what it splits off a stored sequence.
 
     Errors: TypeError for what is no sequence of integers, ValueError for more than one axis, OverflowError for an int
     beyond 64 bits. What raises leaves the trie as it was.
