@@ -84,7 +84,8 @@ soak: build ## the long forms: 1,000 kills, many more inputs, CPython 3.12 and 3
 	$(MAKE) suite PYTHON=$$(command -v python3.13 || ls -d ~/.pyenv/versions/3.13.*/bin/python | tail -1) VENV=.venv313
 
 suite: build ## the Python suites on another Python: make suite PYTHON=python3.13 VENV=.venv313
-	$(BIN)/python -m pytest -q tests/python tests/parity
+	$(BIN)/python -m pytest -q tests/python
+	$(BIN)/python -m pytest -q tests/parity
 
 miri: ## the pure parts under Miri (needs a nightly toolchain with the component miri)
 	@cargo +nightly miri --version >/dev/null 2>&1 || { echo "make miri needs: rustup +nightly component add miri"; exit 1; }
