@@ -105,7 +105,7 @@ def install(*, any_version: bool = False) -> Installation:
         )
     with _lock:
         if not _swapped:
-            names = (name for name in (*CLASSES, *FUNCTIONS) if hasattr(theirs, name) and hasattr(cache, name))
+            names = (name for name in (*CLASSES, *FUNCTIONS) if hasattr(theirs, name))
             _swapped.extend((getattr(theirs, name), getattr(cache, name)) for name in names)
             _replace(_swapped)
             if version == _TESTED:

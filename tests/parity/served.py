@@ -25,8 +25,7 @@ from mlxrs_py.cli import main
 from mlxrs_py.install import CLASSES
 from parity.spy import calls
 
-names = [name for name in (*CLASSES, "BatchQuantizedKVCache") if hasattr(ours, name)]
-classes = [getattr(module, name) for module in (ours, theirs) for name in names if hasattr(module, name)]
+classes = [getattr(module, name) for module in (ours, theirs) for name in CLASSES] + [ours.BatchQuantizedKVCache]
 with calls(classes) as counts:
     code = main(["run", "mlx_lm.server", *sys.argv[1:]])
 print(json.dumps({f"{cls.__module__}.{cls.__name__}.{name}": n for (cls, name), n in counts.items()}), flush=True)

@@ -17,9 +17,9 @@ from .reference import base, generate_step, tiny_llama
 from .reference import cache as theirs
 from .spy import by_class, calls
 
-SWAPPED = [name for name in (*CLASSES, *FUNCTIONS) if hasattr(ours, name)]
+SWAPPED = (*CLASSES, *FUNCTIONS)
 ORIGINALS = {name: getattr(theirs, name) for name in SWAPPED}
-CACHES = [cls for name in CLASSES if name in SWAPPED for cls in (getattr(ours, name), ORIGINALS[name])]
+CACHES = [cls for name in CLASSES for cls in (getattr(ours, name), ORIGINALS[name])]
 
 
 def modules():
