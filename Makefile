@@ -22,6 +22,9 @@ LIBRARIES = $$($(BIN)/python -c 'import importlib.util as u, os, sysconfig; \
 # pip's own environment for the build is off the path that cargo's tests see.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# OpenBLAS's threads spin while they wait, which starves the rest of a busy box; test models are small.
+python parity test-upstream test-wheel suite soak: export OPENBLAS_NUM_THREADS := 1
+
 .PHONY: help build demo test lint rust python parity test-upstream wheel test-wheel soak suite miri asan bench clean
 
 help: ## list the targets
