@@ -17,5 +17,6 @@ pub use atomic::effective_safetensors_path;
 pub use convert::{CutTensor, convert, recast};
 pub use header::TensorInfo;
 pub use reader::{CacheFile, load_prompt_cache};
+pub use restore::assemble::{Assembly, Damage, Piece, Source, assemble};
 pub use wire::{Format, check_metadata};
 pub use writer::{SaveOptions, Saved, save_prompt_cache, write_states};

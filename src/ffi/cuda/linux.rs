@@ -167,7 +167,8 @@ impl Uploader {
     ) -> Result<()> {
         let Slot { pinned, read } = &self.slots[self.next];
         let in_memory = range.len() / n_heads;
-        assert!(range.end <= memory.n_bytes && valid <= in_memory, "the parts lie in the buffer");
+        let end = range.start + (n_heads - 1) * in_memory + valid;
+        assert!(end <= memory.n_bytes && valid <= in_memory, "the parts lie in the buffer");
         assert!((n_heads - 1) * pitch + valid <= pinned.n_bytes, "the runs lie in the slot");
         let to = memory.start + range.start as CUdeviceptr;
         let copy = CUDA_MEMCPY2D_st {

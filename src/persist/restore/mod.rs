@@ -1,5 +1,6 @@
 //! Tensors from a file into memory, by several threads at once.
 
+pub mod assemble;
 mod device;
 mod host;
 pub mod plan;
