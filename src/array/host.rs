@@ -26,7 +26,7 @@ impl Array {
         super::eval(op, [self])?;
         // On CUDA a host pointer moves its whole buffer to unified memory: read a copy, leave the buffer on the device.
         if ffi::on_cuda() {
-            let copy = Self(self.0.stop_gradient()?.contiguous()?);
+            let copy = self.copied()?;
             super::eval(op, [&copy])?;
             return copy.runs(op, sink);
         }
@@ -36,6 +36,14 @@ impl Array {
             return copy.runs(op, sink);
         }
         self.runs(op, sink)
+    }
+
+    /// The same elements in memory of their own, row-major. Lazy.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if MLX fails.
+    pub fn copied(&self) -> Result<Self> {
+        Ok(Self(self.0.stop_gradient()?.contiguous()?))
     }
 
     /// The row-major bytes of an array, evaluated and copied.

@@ -232,6 +232,11 @@ impl fmt::Debug for Array {
     }
 }
 
+/// True where arrays lie in a device's own memory.
+pub fn on_device() -> bool {
+    ffi::on_cuda()
+}
+
 /// Computes `arrays` on the calling thread's streams and waits for them.
 ///
 /// # Errors

@@ -28,6 +28,7 @@ mod quantized;
 mod quantized_rotating;
 mod registry;
 mod rotating;
+mod store;
 mod token_buffer;
 mod tokens;
 mod tree;
@@ -84,6 +85,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyBatchRotatingKvCache>()?;
     module.add_class::<PyTokenBuffer>()?;
     module.add_class::<PyLruPromptCache>()?;
+    store::register(module)?;
     trie::register(module)?;
     functions::register(module)
 }

@@ -8,3 +8,7 @@ mod radix;
 pub use lru::{Kind, Lru};
 pub use prompts::{Found, Gone, Limits, Nearest, Prompts};
 pub use radix::{Key, Match, Radix};
+
+mod stub;
+pub mod view;
+pub use stub::*;
