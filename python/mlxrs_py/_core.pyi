@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self, SupportsIndex, TypeVar
+from typing import Any, ClassVar, Self, SupportsIndex, TypeVar, final
 
 import mlx.core as mx
+import numpy as np
 from typing_extensions import disjoint_base
 
 __all__ = [
@@ -30,15 +31,20 @@ __all__ = [
     "MaskingCache",
     "MlxError",
     "MlxrsError",
+    "PromptStore",
     "PromptTrie",
     "PromptTrieResult",
     "QuantizedKVCache",
     "QuantizedRotatingKVCache",
     "RotatingKVCache",
+    "StorePut",
+    "StoreRecorder",
+    "StoreView",
     "TokenBuffer",
     "__version__",
     "_live_handles",
     "adopt",
+    "blake3_file",
     "blake3_hex",
     "build_info",
     "check_save",
@@ -757,6 +763,84 @@ def convert_file(
 
     Errors: CacheFormatError for a file that is damaged or lies, ValueError if ``format`` cannot say what it holds,
     OSError if the system refuses. An older file then stays as it was.
+    """
+
+@final
+class PromptStore:
+    """The core of :class:`mlxrs_py.PromptStore`, which documents the arguments. ``path`` None: all is in memory."""
+
+    def __new__(
+        cls,
+        path: str | PathLike[str] | None,
+        *,
+        ram_bytes: int,
+        disk_bytes: int,
+        block_tokens: int,
+        write_bytes_per_day: int | None,
+        read_only: bool,
+        allow_network_fs: bool,
+    ) -> Self: ...
+    def close(self) -> None:
+        """Wait for what is being written, and close."""
+    def view(self, fingerprint: bytes, caches: Iterable[Any]) -> StoreView:
+        """Bind the model that ``fingerprint`` stands for, whose fresh caches are ``caches``."""
+    def rate(self, name: str) -> float | None:
+        """Give the average of a measured rate, such as bytes per second of restores."""
+    def note_rate(self, name: str, value: float) -> None:
+        """Take a measured rate into its average."""
+
+@final
+class StoreView:
+    """The core of :class:`mlxrs_py.store.View`: one model's prompts. ``step`` is that of a prefill's windows."""
+
+    def lookup(
+        self, tokens: list[int] | np.ndarray | mx.array, step: int, exact: bool
+    ) -> tuple[int, int, str | None, bool]:
+        """Give the tokens that can be restored, the bytes to read, "ram" or "disk" or None, and whether that is exact."""
+    def restore(
+        self,
+        tokens: list[int] | np.ndarray | mx.array,
+        caches: Iterable[Any],
+        step: int,
+        exact: bool,
+        threads: int | None = None,
+    ) -> tuple[int, int, bool]:
+        """Fill fresh caches; give the tokens in them, the bytes that were read and whether that is exact."""
+    def recorder(self, restored: int, step: int, exact: bool) -> StoreRecorder:
+        """Begin to store a prompt as it grows; its first ``restored`` tokens came from the store."""
+    def pin(self, tokens: list[int] | np.ndarray | mx.array) -> int:
+        """Keep the prompt's records from eviction; give how many there are."""
+    def unpin(self, tokens: list[int] | np.ndarray | mx.array) -> int:
+        """Take a pin back; give how many records it held."""
+
+@final
+class StoreRecorder:
+    """Stores the prompt of one run as it grows."""
+
+    def note(
+        self, tokens: list[int] | np.ndarray | mx.array, caches: Iterable[Any], is_last: bool, keep: bool
+    ) -> list[StorePut]:
+        """Store what is new in ``caches``, which hold exactly ``tokens``; evaluates on the calling thread.
+
+        Full blocks are stored and the states of recurrent layers; with ``is_last`` the block that is not full too.
+        """
+
+@final
+class StorePut:
+    """Records on their way to the disk."""
+
+    def wait(self, timeout: float | None = None) -> tuple[int, int]:
+        """Wait until the records are durable; give their number and bytes.
+
+        Errors: OSError if the disk is full or fails, TimeoutError after ``timeout`` seconds.
+        """
+    def done(self) -> bool:
+        """Tell whether there is nothing left to wait for."""
+
+def blake3_file(path: str | PathLike[str]) -> str:
+    """Give the BLAKE3 hash of a file, as 64 hex digits.
+
+    Errors: OSError if it cannot be read.
     """
 
 def blake3_hex(data: bytes) -> str:

@@ -144,4 +144,6 @@ def _snapshot(name: str) -> Path:
 
         return Path(snapshot_download(name, local_files_only=True))
     except Exception as error:
-        raise FileNotFoundError(2, "PromptStore.view: expected a folder or a model of the local hub cache", name) from error
+        raise FileNotFoundError(
+            2, "PromptStore.view: expected a folder or a model of the local hub cache", name
+        ) from error

@@ -139,7 +139,10 @@ class PromptStore:
             caches = make_prompt_cache(model)
             if kv_bits is None:
                 return caches
-            return [c.to_quantized(group_size=kv_group_size, bits=kv_bits) if hasattr(c, "to_quantized") else c for c in caches]
+            return [
+                c.to_quantized(group_size=kv_group_size, bits=kv_bits) if hasattr(c, "to_quantized") else c
+                for c in caches
+            ]
 
         core = self._core.view(identity + namespace.encode(), make_caches())
         return View(self._core, core, make_caches, identity.hex(), self._decisions)

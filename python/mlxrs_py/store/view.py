@@ -56,7 +56,9 @@ class View:
         self._rate_name = f"prefill {identity}"
         self._decisions = decisions
 
-    def lookup(self, tokens: list[int] | np.ndarray | mx.array, *, step_size: int = 2048, exact: bool = False) -> Lookup:
+    def lookup(
+        self, tokens: list[int] | np.ndarray | mx.array, *, step_size: int = 2048, exact: bool = False
+    ) -> Lookup:
         """Tell what could be restored. Only the index is read.
 
         Args:
