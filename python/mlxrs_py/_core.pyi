@@ -796,7 +796,7 @@ class StoreView:
     def lookup(
         self, tokens: list[int] | np.ndarray | mx.array, step: int, exact: bool
     ) -> tuple[int, int, str | None, bool]:
-        """Give the tokens that can be restored, the bytes to read, "ram" or "disk" or None, and whether that is exact."""
+        """Give the tokens that can be restored, the bytes to read, "ram", "disk" or None, and whether that is exact."""
     def restore(
         self,
         tokens: list[int] | np.ndarray | mx.array,

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import MAKERS, TinyModel, feed, leaves
 
 import mlxrs_py
 from mlxrs_py.cache import KVCache, RotatingKVCache
+from tiny import MAKERS, TinyModel, feed, leaves
 
 BLOCK, STEP = 16, 32
 PROMPT = [(7 * i * i + 3 * i) % 61 for i in range(100)]

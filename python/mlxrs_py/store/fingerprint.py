@@ -55,7 +55,7 @@ class FileHashes:
         assert self._memory is not None
         temporary = self._memory.with_name(f"{self._memory.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                 file.write(text)
             temporary.replace(self._memory)
         except OSError:
@@ -89,7 +89,7 @@ def fingerprint(
 
 
 def _structure(model: Any) -> dict[str, Any]:
-    arguments = getattr(model, "args", None)
+    arguments: Any = getattr(model, "args", None)
     return {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "args": dataclasses.asdict(arguments) if dataclasses.is_dataclass(type(arguments)) else None,
@@ -100,7 +100,7 @@ def _structure(model: Any) -> dict[str, Any]:
 def _weights(model: Any) -> list[tuple[str, mx.array]]:
     if not hasattr(model, "parameters"):
         return []
-    flat: Any = tree_flatten(model.parameters())  # type: ignore[no-untyped-call]  # MLX's modules are untyped
+    flat: Any = tree_flatten(model.parameters())
     return sorted(((name, weight) for name, weight in flat if isinstance(weight, mx.array)), key=lambda item: item[0])
 
 
