@@ -784,6 +784,21 @@ class PromptStore:
         """Wait for what is being written, and close."""
     def view(self, fingerprint: bytes, caches: Iterable[Any]) -> StoreView:
         """Bind the model that ``fingerprint`` stands for, whose fresh caches are ``caches``."""
+    def stats(self) -> dict[str, int | None]:
+        """Give the numbers of the store."""
+    def list(self) -> list[dict[str, Any]]:
+        """Give all records, parents before their children."""
+    def pin_id(self, id: str, pins: bool) -> int:  # noqa: A002
+        """Pin or unpin the record whose name begins with ``id``, and those before it; give how many.
+
+        Errors: ValueError if there is no such record, or more than one.
+        """
+    def prune(self, target: int | None = None) -> int:
+        """Evict until at most ``target`` bytes are left; give the bytes that were freed."""
+    def verify(self, repair: bool) -> dict[str, Any]:
+        """Read every record; with ``repair`` what is damaged is set aside and the index made right."""
+    def clear(self) -> None:
+        """Remove every record; pinned ones too."""
     def rate(self, name: str) -> float | None:
         """Give the average of a measured rate, such as bytes per second of restores."""
     def note_rate(self, name: str, value: float) -> None:
