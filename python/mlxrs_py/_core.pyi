@@ -697,12 +697,14 @@ def save_prompt_cache(
     format: str = "0.32",  # noqa: A002
     padded: bool = False,
     durable: bool = True,
+    threads: int | None = None,
 ) -> None:
     """Save caches, ours or mlx-lm's, into one safetensors file.
 
     The file appears whole or not at all, and holds the valid rows only. ``.safetensors`` is added to a name without it.
     ``format`` is the mlx-lm that shall read the file. ``padded`` (0.32 only) writes mlx-lm's full buffers, the padding
-    zeroed. ``durable``: the file survives a crash of the machine from the moment this returns.
+    zeroed. ``durable``: the file survives a crash of the machine from the moment this returns. ``threads`` write at
+    once, as they read in ``load_prompt_cache``; on CUDA from device memory through the same pinned memory.
 
     Errors: ValueError or TypeError for metadata or states that a file cannot hold, MlxError if evaluating fails,
     OSError if the system refuses. An older file then stays as it was.

@@ -1,9 +1,9 @@
 //! Buffers put together from rows that lie in many places: the blocks of a store.
 
 use super::plan::SPAN;
-use super::share;
 use crate::array::{Array, DeviceBuffer, DeviceMemory, Dtype, HostBuffer, Uploader};
 use crate::error::{Error, Result};
+use crate::persist::threads::{self, share};
 use std::mem::MaybeUninit;
 use std::num::NonZero;
 use std::ops::Range;
@@ -114,7 +114,7 @@ pub fn assemble(
     checksum: &(dyn Fn(&[u8]) -> u64 + Sync),
 ) -> Result<Vec<Array>, Damage> {
     assemblies.iter().try_for_each(Assembly::check)?;
-    let threads = threads.map_or_else(super::default_threads, Ok)?;
+    let threads = threads::number("restore", threads)?;
     let reader = Reader { sources, checksum };
     let shapes = assemblies.iter().map(|assembly| (assembly.shape.as_slice(), assembly.dtype));
     match DeviceBuffer::zeros(shapes)? {
