@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self, SupportsIndex, TypeVar
+from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeVar
 
 import mlx.core as mx
 from typing_extensions import disjoint_base
@@ -665,7 +665,7 @@ def prefill(
     tokens: Any,
     cache: Any,
     *,
-    step_size: int = 2048,
+    step_size: int | Literal["auto"],
     input_embeddings: mx.array | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
