@@ -26,7 +26,7 @@ def describe() -> dict[str, Any]:
         "compiler": info["compiler"],
         "blas": info["blas"],
         "device": device(),
-        "device_name": mx.device_info(mx.default_device()).get("device_name", "") if on_gpu() else _cpu_name(),
+        "device_name": str(mx.device_info().get("device_name", "")) if on_gpu() else _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
@@ -52,6 +52,15 @@ def on_gpu() -> bool:
 
 def on_cuda() -> bool:
     return on_gpu() and platform.system() == "Linux"
+
+
+def free_bytes() -> int:
+    """Give the memory that can be had without pushing anybody else's out."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _version(name: str) -> str:

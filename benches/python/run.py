@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no model comes from a hub
 
@@ -27,6 +29,8 @@ from sections import models
 
 #: The sections that need the model stand together; it is made once.
 SECTIONS = ["update", "restore", "save", "prefill", "decode", "lookup"]
+#: What no device has a part in; on a GPU only if it is asked for.
+HOST_ONLY = ["lookup"]
 
 
 def main() -> int:
@@ -38,10 +42,10 @@ def main() -> int:
     print("each line: best, median, unit, ours against it, side (samples)")
     command = " ".join(["python", "benches/python/run.py", *sys.argv[1:]])
     deadline = time.perf_counter() + options.seconds
-    report = Report(device, command, options.json, options.quick, deadline)
-    for name in SECTIONS:
-        if options.only and name not in options.only:
-            continue
+    sections = options.only or [name for name in SECTIONS if name not in HOST_ONLY or not machine.on_gpu()]
+    earlier = earlier_rows(options.json, sections) if options.add else []
+    report = Report(device, command, options.json, options.quick, deadline, earlier)
+    for name in (name for name in SECTIONS if name in sections):
         print(f"\n== {name}", flush=True)
         start = time.perf_counter()
         report.attempt(name, lambda name=name: importlib.import_module(f"sections.{name}").run(report))
@@ -56,11 +60,19 @@ def main() -> int:
     return 1 if report.failures else 0
 
 
+def earlier_rows(file: Path | None, sections: list[str]) -> list[dict[str, Any]]:
+    """Give the rows of other sections that a file has."""
+    if file is None or not file.exists():
+        return []
+    return [row for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if row["section"] not in sections]
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Benchmarks against mlx-lm and against the machine's limit.")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="this section; may be given several times")
     parser.add_argument("--device", choices=["cpu", "gpu"], help="MLX's default device")
     parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other sections that are there")
     parser.add_argument("--plots", type=Path, help="the folder for plots of these results (needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="small sizes, two turns: does it run?")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further row after so long")

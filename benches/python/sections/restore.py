@@ -28,7 +28,7 @@ def main_shape(report: Report) -> tuple[workload.Shape, int]:
 
 def lengths(report: Report) -> list[int]:
     """Give prompt lengths whose caches fit three times into what is free."""
-    free = 60e9 if machine.on_gpu() else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    free = 60e9 if machine.on_gpu() else machine.free_bytes()
     shape = length_shape()
     all_lengths = [1024, 4096] if report.quick else [1024, 4096, 16_384, 65_536]
     return [n for n in all_lengths if 3 * shape.n_bytes(n) < free]
@@ -40,12 +40,17 @@ def length_shape() -> workload.Shape:
 
 
 @contextmanager
-def limit_of(n_bytes: int) -> Iterator[tuple[str, Callable[[Path], None]]]:
+def limit_of(report: Report, n_bytes: int) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """Give a plain program that brings a file to where MLX would have it: memory that is there already."""
+    ring = None
     if machine.on_cuda():
-        from pinned import Ring
+        try:
+            from pinned import Ring
 
-        ring = Ring(n_bytes)
+            ring = Ring(n_bytes)
+        except Exception as error:
+            report.failed("the pinned ring", error)
+    if ring is not None:
         try:
             yield "8 threads, pinned ring into device memory", ring.read
         finally:
@@ -89,7 +94,7 @@ def run(report: Report) -> None:
 
 
 def from_page_cache(report: Report, files: dict[str, Path], n_bytes: int, what: str) -> None:
-    with limit_of(files[OURS].stat().st_size) as (limit, plain):
+    with limit_of(report, files[OURS].stat().st_size) as (limit, plain):
         sides = {side: lambda side=side: restored_seconds(side, files[side]) for side in files}
         sides[LIMIT] = lambda: seconds(lambda: plain(files[OURS]))
         pool = limits.Pool(min(os.cpu_count() or 1, 8))
@@ -170,7 +175,7 @@ def by_length(report: Report, n_tokens: int) -> None:
         workload.save(OURS, file, workload.filled(OURS, shape, n_tokens), durable=False)
         workload.tidy()
         limits.settle(file)
-        with limit_of(file.stat().st_size) as (limit, plain):
+        with limit_of(report, file.stat().st_size) as (limit, plain):
             sides = {side: lambda side=side: restored_seconds(side, file) for side in (OURS, THEIRS)}
             sides[LIMIT] = lambda: seconds(lambda: plain(file))
             samples = report.in_turns(sides, 8 if n_tokens < 65_536 else 3, 12)
