@@ -108,11 +108,17 @@ class Report:
         print(f"\n{what} FAILED", flush=True)
         traceback.print_exception(error)
 
-    def in_turns(self, sides: dict[str, Callable[[], float]], runs: int, limit_s: float = 20) -> Samples:
+    def in_turns(
+        self,
+        sides: dict[str, Callable[[], float]],
+        runs: int,
+        limit_s: float = 20,
+        times: dict[str, int] | None = None,
+    ) -> Samples:
         """Sample all sides alternately, so that what else the machine does hits all of them.
 
         At least two turns; no new one after ``limit_s`` seconds, half of that on a GPU, which is quieter. A side that
-        fails is left out from there on.
+        fails is left out from there on. ``times``: how often a side is sampled in each of its turns.
         """
         samples: Samples = {side: [] for side in sides}
         left = dict(sides)
@@ -122,7 +128,8 @@ class Report:
             order = list(left.items())
             for side, sample in reversed(order) if turn % 2 else order:
                 try:
-                    samples[side].append(sample())
+                    for _ in range((times or {}).get(side, 1)):
+                        samples[side].append(sample())
                 except Exception as error:
                     self.failed(side, error)
                     del left[side]
