@@ -106,9 +106,10 @@ bench: build ## everything beside mlx-lm and the machine's limit, in one run; th
 bench-gpu: ## the same on a GPU, with a Python that has MLX for it, mlx-lm and this project: make bench-gpu PYTHON=…
 	$(PYTHON) benches/python/run.py --device gpu --json target/bench/gpu.json $(BENCH)
 
-plots: build ## docs/plots from the results in docs/bench, of whichever machine
+plots: build ## docs/plots and the tables of docs/benchmarks.md from the results in docs/bench
 	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python benches/python/plots.py docs/bench/*.json --to docs/plots
+	$(BIN)/python benches/python/tables.py docs/bench/*.json --in docs/benchmarks.md
 
 clean: ## remove all that was built
 	rm -rf target dist .venv .venv312 .venv313

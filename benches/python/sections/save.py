@@ -100,9 +100,11 @@ def plain_writes(folder: Path, n_bytes: int) -> Iterator[dict[str, Callable[[], 
     file = folder / "plain"
 
     def plain(**how: bool) -> float:
-        elapsed = seconds(lambda: limits.write(pool, file, view, **how))
-        limits.settle(file)
-        file.unlink()
+        try:
+            elapsed = seconds(lambda: limits.write(pool, file, view, **how))
+            limits.settle(file)
+        finally:
+            file.unlink(missing_ok=True)
         return elapsed
 
     sides = {SYNCED: lambda: plain(sync=True), WRITTEN: lambda: plain(sync=False)}
