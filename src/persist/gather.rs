@@ -22,7 +22,7 @@ pub fn gather(op: &'static str, arrays: &[Array], threads: Option<NonZero<usize>
     let mut gathered: Vec<_> = sources.iter().map(|bytes| vec![0; bytes.n_runs * bytes.run]).collect();
     let jobs = sources.iter().zip(gathered.iter_mut().map(Vec::as_mut_slice));
     let (on_host, on_device): (Vec<_>, Vec<_>) = jobs.partition(|(bytes, _)| bytes.on_host().is_some());
-    let copy = |_: &mut (), (bytes, to): (&Bytes, &mut [u8])| {
+    let copy = |(): &mut (), (bytes, to): (&Bytes, &mut [u8])| {
         copy(bytes, to);
         Ok(())
     };

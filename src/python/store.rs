@@ -125,7 +125,7 @@ impl PyPromptStore {
             found.set_item("end", listed.end)?;
             found.set_item("bytes", listed.n_bytes)?;
             found.set_item("hits", listed.hits)?;
-            found.set_item("used", listed.used as f64 / 1e6)?;
+            found.set_item("used", Duration::from_micros(listed.used as u64).as_secs_f64())?;
             found.set_item("pinned", listed.pinned)?;
             found.set_item("tier", tier_name(listed.tier))?;
             Ok(found)

@@ -131,7 +131,8 @@ struct Reader<'a> {
 impl Reader<'_> {
     /// Hands `take` the checked bytes of a piece, which are read into `scratch` unless they are in memory.
     fn with<T>(&self, piece: &Piece, scratch: &mut Vec<u8>, take: impl FnOnce(&[u8]) -> T) -> Result<T, Damage> {
-        if let Some(bytes) = self.source(piece)?.bytes(piece.at, piece.n_bytes) {
+        let source = self.source(piece)?;
+        if let Some(bytes) = source.bytes(piece.at, piece.n_bytes) {
             self.check(piece, bytes)?;
             return Ok(take(bytes));
         }
@@ -139,17 +140,29 @@ impl Reader<'_> {
             scratch.resize(piece.n_bytes, 0);
         }
         let bytes = &mut scratch[..piece.n_bytes];
-        self.read(piece, bytes)?;
+        source.read(bytes, piece.at).map_err(|error| Damage { source: Some(piece.source), error })?;
+        self.check(piece, bytes)?;
         Ok(take(bytes))
     }
 
-    fn read(&self, piece: &Piece, bytes: &mut [u8]) -> Result<(), Damage> {
-        let source = self.source(piece)?;
-        match source.bytes(piece.at, piece.n_bytes) {
-            Some(held) => bytes.copy_from_slice(held),
-            None => source.read(bytes, piece.at).map_err(|error| Damage { source: Some(piece.source), error })?,
+    /// Fills `bytes` with the pieces of a group, and checks each.
+    fn read(&self, group: &[Load<'_, '_>], start: u64, bytes: &mut [u8]) -> Result<(), Damage> {
+        let first = group[0].piece;
+        let source = self.source(first)?;
+        let is_in_memory = source.bytes(first.at, first.n_bytes).is_some();
+        if !is_in_memory {
+            source.read(bytes, start).map_err(|error| Damage { source: Some(first.source), error })?;
         }
-        self.check(piece, bytes)
+        let mut rest = bytes;
+        for Load { piece, .. } in group {
+            let (own, behind) = rest.split_at_mut(piece.n_bytes);
+            if let Some(held) = source.bytes(piece.at, piece.n_bytes) {
+                own.copy_from_slice(held);
+            }
+            self.check(piece, own)?;
+            rest = behind;
+        }
+        Ok(())
     }
 
     fn source(&self, piece: &Piece) -> Result<&dyn Source, Damage> {
@@ -230,34 +243,63 @@ fn on_device(
 ) -> Result<Vec<Array>, Damage> {
     let jobs = buffers.iter().zip(assemblies).flat_map(|(buffer, assembly)| {
         let pieces = assembly.pieces.iter().filter(|piece| !piece.rows.is_empty());
-        pieces.map(move |piece| (buffer.memory(), assembly.sizes(), piece))
+        pieces.map(move |piece| Load { memory: buffer.memory(), sizes: assembly.sizes(), piece })
     });
-    let jobs: Vec<_> = jobs.collect();
-    let largest = jobs.iter().map(|(.., piece)| piece.n_bytes).max().unwrap_or(0).max(SPAN);
-    fill_device(reader, jobs, largest, threads)?;
+    let groups = grouped(jobs.collect());
+    let largest = groups.iter().map(|loads| span(loads).1).max().unwrap_or(0).max(SPAN);
+    fill_device(reader, groups, largest, threads)?;
     Ok(buffers.into_iter().map(DeviceBuffer::finish).collect())
+}
+
+/// A piece on its way to the device.
+#[derive(Clone, Copy)]
+struct Load<'a, 'p> {
+    memory: &'a DeviceMemory,
+    sizes: Sizes,
+    piece: &'p Piece,
+}
+
+/// Pieces that follow each other in one source, as many as fit into a slot: they are read at once.
+fn grouped<'a, 'p>(mut loads: Vec<Load<'a, 'p>>) -> Vec<Vec<Load<'a, 'p>>> {
+    loads.sort_by_key(|load| (load.piece.source, load.piece.at));
+    let mut groups: Vec<Vec<Load<'_, '_>>> = Vec::new();
+    for load in loads {
+        match groups.last_mut() {
+            Some(group) if follows(group, load.piece) => group.push(load),
+            _ => groups.push(vec![load]),
+        }
+    }
+    groups
+}
+
+fn follows(group: &[Load<'_, '_>], piece: &Piece) -> bool {
+    let (start, n_bytes) = span(group);
+    group[0].piece.source == piece.source && start + n_bytes as u64 == piece.at && n_bytes + piece.n_bytes <= SPAN
+}
+
+/// Where a group begins, and its bytes.
+fn span(group: &[Load<'_, '_>]) -> (u64, usize) {
+    (group[0].piece.at, group.iter().map(|load| load.piece.n_bytes).sum())
 }
 
 fn fill_device<'a>(
     reader: &Reader<'_>,
-    jobs: Vec<(&'a DeviceMemory, Sizes, &Piece)>,
+    groups: Vec<Vec<Load<'a, '_>>>,
     slot_bytes: usize,
     threads: NonZero<usize>,
 ) -> Result<(), Damage> {
-    let work = |uploader: &mut Uploader<'a>, (memory, sizes, piece): (&'a DeviceMemory, Sizes, &Piece)| {
-        let Sizes { n_heads, row, head } = sizes;
-        let in_piece = piece.n_bytes / n_heads;
-        let slot = &mut uploader.slot()?[..piece.n_bytes];
-        reader.read(piece, slot)?;
-        let n_valid = piece.rows.len() * row;
-        if piece.rows.start > 0 {
-            // At most two pieces of a buffer: those where what is looked back at begins.
-            for at in (0..n_heads).map(|at| at * in_piece) {
-                slot.copy_within(at + piece.rows.start * row..at + piece.rows.end * row, at);
-            }
+    let work = |uploader: &mut Uploader<'a>, group: Vec<Load<'a, '_>>| {
+        let (start, n_bytes) = span(&group);
+        reader.read(&group, start, &mut uploader.slot()?[..n_bytes])?;
+        let mut from = 0;
+        for Load { memory, sizes, piece } in group {
+            let Sizes { n_heads, row, head } = sizes;
+            let to = piece.to * row;
+            let runs = [from + piece.rows.start * row, piece.n_bytes / n_heads];
+            uploader.upload(memory, &(to..to + n_heads * head), [n_heads, piece.rows.len() * row], runs)?;
+            from += piece.n_bytes;
         }
-        let to = piece.to * row;
-        Ok(uploader.upload(memory, &(to..to + n_heads * head), [n_heads, n_valid], in_piece)?)
+        Ok(uploader.send()?)
     };
-    shared(jobs, threads, || Uploader::new(slot_bytes), work, Uploader::finish)
+    shared(groups, threads, || Uploader::new(slot_bytes), work, Uploader::finish)
 }

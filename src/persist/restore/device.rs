@@ -24,7 +24,8 @@ fn fill<'a>(data: &Data, jobs: Vec<(&'a DeviceMemory, Span)>, threads: NonZero<u
     let work = |uploader: &mut Uploader<'a>, (memory, span): (&'a DeviceMemory, Span)| {
         let n_bytes = span.file_bytes();
         data.read(&mut uploader.slot()?[..n_bytes], span.at)?;
-        uploader.upload(memory, &span.memory, [span.n_heads, span.valid], span.in_file)
+        uploader.upload(memory, &span.memory, [span.n_heads, span.valid], [0, span.in_file])?;
+        uploader.send()
     };
     share(jobs, threads, || Uploader::new(SPAN), work, Uploader::finish)
 }

@@ -4,6 +4,8 @@
 //! A record is named by a hash that chains its parent block, its tokens and the [`Space`]. Records are files; an index
 //! tells what there is, and is made anew from them if it is lost. Whatever is doubtful is as if it were not there.
 
+#![allow(clippy::redundant_closure_for_method_calls, reason = "a method of a transaction is of one lifetime only")]
+
 mod admin;
 mod disk;
 mod fault;
@@ -41,6 +43,9 @@ pub use record::{FORMAT, NewRecord, NewTensor, OpenRecord, RecordInfo, RecordTen
 
 /// Bytes of a header, about; the exact number is known when it is written.
 const HEADER: u64 = 8192;
+/// Records whose headers one thread reads, and threads that do.
+const OPENED_AT_ONCE: usize = 4;
+const MAX_OPENERS: usize = 8;
 /// How much of an average the newest value is.
 const NEWEST: f64 = 0.3;
 
@@ -181,7 +186,20 @@ impl PromptStore {
                 ram.touch(&record.row.key);
             }
         }
-        records.iter().map(|record| shared.open_record(record, lease.as_ref())).collect()
+        let open = |records: &[RecordInfo]| -> Vec<_> {
+            records.iter().map(|record| shared.open_record(record, lease.as_ref())).collect()
+        };
+        if records.len() <= OPENED_AT_ONCE {
+            return open(records);
+        }
+        std::thread::scope(|scope| {
+            let share = records.len().div_ceil(MAX_OPENERS).max(OPENED_AT_ONCE);
+            let openers: Vec<_> = records.chunks(share).map(|records| scope.spawn(|| open(records))).collect();
+            openers
+                .into_iter()
+                .flat_map(|o| o.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect()
+        })
     }
 
     /// Which of `wanted` are not stored, or stored with less.
