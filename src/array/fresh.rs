@@ -24,6 +24,11 @@ impl HostBuffer {
         self.0.bytes()
     }
 
+    /// All its bytes, zero.
+    pub fn zeroed(&mut self) -> &mut [u8] {
+        self.0.zeroed()
+    }
+
     /// The array.
     pub fn finish(self) -> Array {
         Array(self.0.finish())

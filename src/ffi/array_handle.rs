@@ -179,35 +179,6 @@ impl ArrayHandle {
         Ok(read(HostData(unsafe { std::slice::from_raw_parts(data, len) })))
     }
 
-    /// A new array over fresh host memory, filled by `fill`.
-    pub(crate) fn from_host(
-        op: &'static str,
-        shape: &[i32],
-        dtype: raw::mlx_dtype,
-        n_bytes: usize,
-        fill: impl FnOnce(&mut [u8]) -> Result<()>,
-    ) -> Result<Self> {
-        error_handler::install();
-        let mut data = std::ptr::null_mut();
-        // SAFETY: shape has the length that is passed; `data` is an out-parameter.
-        let raw = unsafe { raw::mlxrs_host_array(shape.as_ptr(), shape.len() as c_int, dtype, &raw mut data) };
-        if raw.ctx.is_null() {
-            return Err(error_handler::last_error(op));
-        }
-        // SAFETY: just made for us.
-        let array = unsafe { Self::own(raw) };
-        if n_bytes > 0 {
-            // SAFETY: the allocator gave at least `n_bytes` (shape times element size) that nobody else knows yet;
-            // zeroing makes them initialized before a `&mut [u8]` exists.
-            let bytes = unsafe {
-                data.cast::<u8>().write_bytes(0, n_bytes);
-                std::slice::from_raw_parts_mut(data.cast::<u8>(), n_bytes)
-            };
-            fill(bytes)?;
-        }
-        Ok(array)
-    }
-
     pub(super) fn unary(&self, op: &'static str, function: Unary) -> Result<Self> {
         let stream = current_stream(op)?;
         // SAFETY: live operand and stream; `produced` owns the result.

@@ -19,5 +19,6 @@ mod recast;
 mod restore;
 mod revive;
 mod schema;
+mod states;
 mod store;
 mod wire;

@@ -294,10 +294,10 @@ impl Disk {
         }
         let written = self.write_file(row, record, &head, &seal, &owner.name);
         let done = written.and_then(|file| {
-            let row = Row { file, n_bytes, ..row.clone() };
+            let row = Row { n_bytes, file, ..row.clone() };
             let inserted = self.write(|index| {
                 index.insert(&row, tokens, now())?;
-                self.supersede(index, &row, tokens)?;
+                supersede(index, &row, tokens)?;
                 index.note_written(today(), n_bytes)
             });
             inserted.ok_or_else(|| {
@@ -326,23 +326,6 @@ impl Disk {
             let _ = fs::remove_file(&path);
         }
         placed.map(|()| file)
-    }
-
-    /// Shorter parts of the same block, which the new record holds too, go.
-    fn supersede(&self, index: &Reader<'_>, row: &Row, tokens: &[u32]) -> SqlResult<()> {
-        if row.kind != record::RecordKind::Rows {
-            return Ok(());
-        }
-        let mut below = tokens.len();
-        while below > 1 {
-            let Some((found, old)) = index.floor(&row.parent, row.kind, &tokens[..below - 1])? else { break };
-            let common = super::key::n_common(&found, tokens);
-            if common == found.len() && row.complete_from <= old.complete_from && (row.grid != 0 || old.grid == 0) {
-                index.doom(&old.key)?;
-            }
-            below = common.min(below - 1);
-        }
-        Ok(())
     }
 
     /// Marks records as being read; None if the index cannot be changed now, which does not keep anybody from reading.
@@ -409,4 +392,21 @@ impl Disk {
     pub fn written_today(&self) -> u64 {
         self.read(|index| index.written(today())).unwrap_or(0)
     }
+}
+
+/// Shorter parts of the same block, which the new record holds too, go.
+fn supersede(index: &Reader<'_>, row: &Row, tokens: &[u32]) -> SqlResult<()> {
+    if row.kind != record::RecordKind::Rows {
+        return Ok(());
+    }
+    let mut below = tokens.len();
+    while below > 1 {
+        let Some((found, old)) = index.floor(&row.parent, row.kind, &tokens[..below - 1])? else { break };
+        let common = super::key::n_common(&found, tokens);
+        if common == found.len() && row.complete_from <= old.complete_from && (row.grid != 0 || old.grid == 0) {
+            index.doom(&old.key)?;
+        }
+        below = common.min(below - 1);
+    }
+    Ok(())
 }

@@ -1,6 +1,6 @@
-//! The index of the records on disk: SQLite, which any number of processes share.
+//! The index of the records on disk: `SQLite`, which any number of processes share.
 //!
-//! Rows carry a checksum: one that was damaged is as if it were not there. Whatever SQLite finds damaged is told by
+//! Rows carry a checksum: one that was damaged is as if it were not there. Whatever `SQLite` finds damaged is told by
 //! [`is_damaged`], and the index is then made anew from the records.
 
 use super::key::{self, Key, RecordKind, Space};
@@ -92,7 +92,7 @@ impl Index {
         Ok(done)
     }
 
-    /// SQLite's own check of the whole file.
+    /// `SQLite`'s own check of the whole file.
     pub fn is_sound(&mut self) -> bool {
         let found = self.connection.query_row("PRAGMA integrity_check(1)", [], |row| row.get::<_, String>(0));
         found.is_ok_and(|text| text == "ok")

@@ -141,7 +141,7 @@ impl PromptStore {
         self.shared.ram().clear();
     }
 
-    /// A child of a fork has no writer, and SQLite must not be used in it.
+    /// A child of a fork has no writer, and `SQLite` must not be used in it.
     fn is_forked(&self) -> bool {
         self.process != std::process::id()
     }

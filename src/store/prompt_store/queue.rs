@@ -45,7 +45,7 @@ impl PutHandle {
         let until = timeout.map(|timeout| Instant::now() + timeout);
         let mut outcome = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         while !outcome.is_done {
-            let left = until.map_or(Duration::from_secs(3600), |until| until.saturating_duration_since(Instant::now()));
+            let left = until.map_or(Duration::from_hours(1), |until| until.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 return Ok(None);
             }

@@ -129,19 +129,12 @@ impl View {
     /// Places of the records whose rows a restore reads, and always the last one's, which knows the phases.
     fn needed(&self, plan: &Plan, phases: Option<&[Leaf]>) -> Vec<usize> {
         let runs: Vec<_> =
-            self.leaves.iter().enumerate().flat_map(|(at, leaf)| self.runs(at, leaf, plan, phases).0).collect();
+            self.leaves.iter().enumerate().flat_map(|(at, leaf)| runs(at, leaf, plan, phases).0).collect();
         let is_needed = |(at, record): (usize, &RecordInfo)| {
             let overlaps = runs.iter().any(|run| run.tokens.start < record.end && run.tokens.end > record.start);
             (overlaps || at + 1 == plan.rows.len()).then_some(at)
         };
         plan.rows.iter().enumerate().filter_map(is_needed).collect()
-    }
-
-    fn runs(&self, at: usize, leaf: &Cache, plan: &Plan, phases: Option<&[Leaf]>) -> (Vec<Run>, [usize; 2]) {
-        if leaf.lookback() == Some(Lookback::Whole) {
-            return (Vec::new(), [0, 0]);
-        }
-        leaf.runs_at(&boundary(at, plan, phases))
     }
 
     fn read(&self, plan: &Plan, threads: Option<NonZero<usize>>) -> Result<Outcome> {
@@ -151,7 +144,7 @@ impl View {
             return Ok(Outcome::Gone);
         };
         let Some(phases) = layout::from_text(&opened.layout, self.leaves.len()) else {
-            return Ok(Outcome::Damaged(last.clone(), "its layout cannot be read".to_owned()));
+            return Ok(Outcome::Damaged(Box::new(last.clone()), "its layout cannot be read".to_owned()));
         };
         // Of a record that is used in part the phase is another token's.
         let phases = (last.end == plan.n_tokens).then_some(phases);
@@ -166,7 +159,7 @@ impl View {
         let n_rows = records.len() - usize::from(plan.state.is_some());
         let built = self.assemblies(plan, phases, &records[..n_rows], &open);
         let damaged = |damage: Damage| match damage.source.and_then(|source| records.get(source)) {
-            Some(record) => Ok(Outcome::Damaged(record.clone(), damage.error.to_string())),
+            Some(record) => Ok(Outcome::Damaged(Box::new(record.clone()), damage.error.to_string())),
             None => Err(damage.error),
         };
         let assemblies = match built {
@@ -199,7 +192,7 @@ impl View {
                 assemblies.extend(names.filter_map(|name| whole(&open[source], source, &name)));
                 continue;
             }
-            let (runs, [_, n_rows]) = self.runs(at, leaf, plan, phases);
+            let (runs, [_, n_rows]) = runs(at, leaf, plan, phases);
             for name in layout::row_names(at, leaf) {
                 assemblies.push(gathered(&name, &runs, n_rows, records, open)?);
             }
@@ -247,9 +240,17 @@ impl View {
 enum Outcome {
     Restored(Restored),
     /// A record is not what its place says.
-    Damaged(RecordInfo, String),
+    Damaged(Box<RecordInfo>, String),
     /// A record is no longer there: it was evicted, or set aside when it was opened.
     Gone,
+}
+
+/// Where a leaf wants its rows, and how many its buffers have.
+fn runs(at: usize, leaf: &Cache, plan: &Plan, phases: Option<&[Leaf]>) -> (Vec<Run>, [usize; 2]) {
+    if leaf.lookback() == Some(Lookback::Whole) {
+        return (Vec::new(), [0, 0]);
+    }
+    leaf.runs_at(&boundary(at, plan, phases))
 }
 
 /// Where a leaf shall stand.
