@@ -21,6 +21,9 @@ LIBRARIES = $$($(BIN)/python -c 'import importlib.util as u, os, sysconfig; \
   print(mlx + "/lib:" + sysconfig.get_config_var("LIBDIR"))')
 # pip's own environment for the build is off the path that cargo's tests see.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The extra `bench`, without building the project again.
+PLOTTING = $$($(BIN)/python -c 'import tomllib; \
+  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
 
 # OpenBLAS's threads spin while they wait, which starves the rest of a busy box; test models are small.
 python parity test-upstream test-wheel suite soak: export OPENBLAS_NUM_THREADS := 1
@@ -99,15 +102,15 @@ asan: build ## the Rust tests under AddressSanitizer (needs a nightly toolchain)
 	  cargo +nightly test --quiet --target $$(rustc -vV | sed -n 's/host: //p') --lib --test rust
 
 bench: build ## everything beside mlx-lm and the machine's limit, in one run; then Rust alone
-	$(INSTALL) --editable '.[bench]'
+	$(INSTALL) $(PLOTTING)
 	$(BIN)/python benches/python/run.py --json target/bench/cpu.json --plots target/bench $(BENCH)
-	cargo bench --quiet --benches
+	cargo bench --quiet --bench update --bench pure
 
 bench-gpu: ## the same on a GPU, with a Python that has MLX for it, mlx-lm and this project: make bench-gpu PYTHON=…
 	$(PYTHON) benches/python/run.py --device gpu --json target/bench/gpu.json $(BENCH)
 
 plots: build ## docs/plots and the tables of docs/benchmarks.md from the results in docs/bench
-	$(INSTALL) --editable '.[bench]'
+	$(INSTALL) $(PLOTTING)
 	$(BIN)/python benches/python/plots.py docs/bench/*.json --to docs/plots
 	$(BIN)/python benches/python/tables.py docs/bench/*.json --in docs/benchmarks.md
 

@@ -86,10 +86,12 @@ def restore(rows: Rows, where: str) -> Any:
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlim(lengths[0] / 1.15, lengths[-1] * 4.5)
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.5)
     axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
     axes.set_title(f"Restoring a prompt, page cache. {where}")
     for x, y, text, colour in _apart(ends, axes):
-        axes.annotate(text, (x, y), xytext=(7, 0), textcoords="offset points", va="center", color=colour)
+        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(text, (x, y), color=colour, **place)
     return figure
 
 

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no model comes from a hub
 
@@ -43,7 +42,11 @@ def main() -> int:
     command = " ".join(["python", "benches/python/run.py", *sys.argv[1:]])
     deadline = time.perf_counter() + options.seconds
     sections = options.only or [name for name in SECTIONS if name not in HOST_ONLY or not machine.on_gpu()]
-    earlier = earlier_rows(options.json, sections) if options.add else []
+    earlier = []
+    if options.add and options.json and options.json.exists():
+        content = json.loads(options.json.read_text(encoding="utf-8"))
+        earlier = [row for row in content["rows"] if row["section"] not in sections]
+        command = f"{content['command']}; {command}"
     report = Report(device, command, options.json, options.quick, deadline, earlier)
     for name in (name for name in SECTIONS if name in sections):
         print(f"\n== {name}", flush=True)
@@ -58,13 +61,6 @@ def main() -> int:
     for failure in report.failures:
         print(f"FAILED: {failure}")
     return 1 if report.failures else 0
-
-
-def earlier_rows(file: Path | None, sections: list[str]) -> list[dict[str, Any]]:
-    """Give the rows of other sections that a file has."""
-    if file is None or not file.exists():
-        return []
-    return [row for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if row["section"] not in sections]
 
 
 def arguments() -> argparse.Namespace:

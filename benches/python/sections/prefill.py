@@ -22,8 +22,8 @@ AGAIN = "prefilling again"
 def run(report: Report) -> None:
     if not machine.on_gpu():
         report.attempt("prefill as installed", lambda: as_installed(report))
-    n_tokens = (1024 if report.quick else 16_384) if machine.on_gpu() else (256 if report.quick else 1024)
-    for step_size in (2048, 512):
+    n_tokens = (1024 if report.quick else 16_384) if machine.on_gpu() else 512
+    for step_size in (2048, 512) if machine.on_gpu() else (512, 128):
         report.attempt(f"prefill, step {step_size}", lambda s=step_size: by_step(report, n_tokens, s))
     for n in lengths(report):
         report.attempt(f"prefill {n} tokens", lambda n=n: by_length(report, n))
@@ -33,7 +33,7 @@ def run(report: Report) -> None:
 def lengths(report: Report) -> list[int]:
     if report.quick:
         return [512]
-    return [1024, 4096, 16_384, 65_536] if machine.on_gpu() else [1024, 4096]
+    return [1024, 4096, 16_384, 65_536] if machine.on_gpu() else [1024, 2048]
 
 
 def prefill_seconds(side: str, tokens: mx.array, step_size: int) -> float:
@@ -50,7 +50,7 @@ def as_rates(samples: Samples, n_tokens: int) -> Samples:
 
 def as_installed(report: Report) -> None:
     """Each side in a process of its own; in mlx-lm's, nobody changes the BLAS that MLX came with."""
-    n_tokens = 128 if report.quick else 256
+    n_tokens = 128
     task: dict[str, Any] = {"do": "prefill", "device": "cpu", "folder": str(models.folder())}
     with Child(side=OURS, **task) as ours, Child(side=THEIRS, **task) as theirs:
         children = {OURS: ours, THEIRS: theirs}
@@ -58,7 +58,7 @@ def as_installed(report: Report) -> None:
         for child in children.values():
             child.ask(n_tokens=32, step_size=2048)
         sides = {side: lambda child=child: child.ask(**order)["seconds"] for side, child in children.items()}
-        samples = report.in_turns(sides, 6, 100, times={OURS: 4})
+        samples = report.in_turns(sides, 8, 100, times={OURS: 6})
     note = f"ours with {report.machine['blas']}, mlx-lm as installed"
     name = f"{models.name()}, {n_tokens:,} tokens"
     report.add(
