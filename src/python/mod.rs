@@ -23,6 +23,7 @@ mod kv;
 mod list;
 mod lru;
 mod models;
+mod pending;
 mod prefill;
 mod quantized;
 mod quantized_rotating;
@@ -85,6 +86,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyTokenBuffer>()?;
     module.add_class::<PyLruPromptCache>()?;
     trie::register(module)?;
+    pending::register(module)?;
     functions::register(module)
 }
 
