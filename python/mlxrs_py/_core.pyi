@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeVar, final
+from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeVar, final, overload
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +31,7 @@ __all__ = [
     "MaskingCache",
     "MlxError",
     "MlxrsError",
+    "PendingSave",
     "PromptStore",
     "PromptTrie",
     "PromptTrieResult",
@@ -60,6 +61,7 @@ __all__ = [
     "save_prompt_cache_with_size",
     "trim_prompt_cache",
     "verify_file",
+    "wait_for_saves",
 ]
 _T = TypeVar("_T")
 
@@ -631,6 +633,26 @@ class LRUPromptCache:
     def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[Any, ...]: ...
     def __setstate__(self, state: tuple[Any, ...]) -> None: ...
 
+@final
+class PendingSave:
+    """A save that goes on in the background; made by ``save_prompt_cache(..., background=True)``.
+
+    Dropping it does not stop the save. In a forked child only what was over before the fork is known.
+    """
+
+    def done(self) -> bool:
+        """Tell whether the save is over, well or not."""
+
+    def result(self, timeout: float | None = None) -> None:
+        """Wait until the save is over, and raise what it failed with, each time.
+
+        Errors: those of ``save_prompt_cache``; TimeoutError after ``timeout`` seconds, and the save goes on;
+        RuntimeError in a forked child.
+        """
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait as ``result`` does, and give what the save failed with, or None."""
+
 def adopt(caches: Iterable[Any]) -> list[Any]:
     """Replace mlx-lm's caches by ours with the same parameters, tokens and buffers; others stay.
 
@@ -689,16 +711,42 @@ def trim_prompt_cache(cache: Iterable[Any], num_tokens: int) -> int:
     Errors: ValueError if ``num_tokens`` is negative.
     """
 
+@overload
 def save_prompt_cache(
     file_name: str | PathLike[str],
     cache: Iterable[Any],
     metadata: Mapping[str, str] | None = None,
     *,
-    format: str = "0.32",  # noqa: A002
+    format: str = "0.32",
     padded: bool = False,
     durable: bool = True,
     threads: int | None = None,
-) -> None:
+    background: Literal[False] = False,
+) -> None: ...
+@overload
+def save_prompt_cache(
+    file_name: str | PathLike[str],
+    cache: Iterable[Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    format: str = "0.32",
+    padded: bool = False,
+    durable: bool = True,
+    threads: int | None = None,
+    background: Literal[True],
+) -> PendingSave: ...
+@overload
+def save_prompt_cache(
+    file_name: str | PathLike[str],
+    cache: Iterable[Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    format: str = "0.32",
+    padded: bool = False,
+    durable: bool = True,
+    threads: int | None = None,
+    background: bool,
+) -> PendingSave | None:
     """Save caches, ours or mlx-lm's, into one safetensors file.
 
     The file appears whole or not at all, and holds the valid rows only. ``.safetensors`` is added to a name without it.
@@ -706,8 +754,14 @@ def save_prompt_cache(
     zeroed. ``durable``: the file survives a crash of the machine from the moment this returns. ``threads`` write at
     once, as they read in ``load_prompt_cache``; on CUDA from device memory through the same pinned memory.
 
+    ``background``: gives a ``PendingSave`` once the bytes of this moment are safe from what becomes of the caches, and
+    writes while the caller goes on. On CUDA they are copied on the device, which takes as much of its memory; elsewhere
+    the arrays are held, and the next update of each buffer copies it. Saves are written in the order of their calls. If
+    those that are pending hold more than 4 GiB with this one, the call waits. The end of the process waits for all.
+
     Errors: ValueError or TypeError for metadata or states that a file cannot hold, MlxError if evaluating fails,
-    OSError if the system refuses. An older file then stays as it was.
+    OSError if the system refuses. An older file then stays as it was. In the background what the
+    disk says comes from the ``PendingSave``.
     """
 
 def save_prompt_cache_with_size(
@@ -720,6 +774,12 @@ def save_prompt_cache_with_size(
     durable: bool = True,
 ) -> tuple[Path, int]:
     """Save as ``save_prompt_cache`` does, and give the file and its size in bytes."""
+
+def wait_for_saves(timeout: float | None = None) -> bool:
+    """Wait until the saves in the background are over; False if they are not within ``timeout`` seconds.
+
+    The end of the process does so by itself, after which it warns of each error that nobody asked for.
+    """
 
 def check_save(metadata: Mapping[str, str], format: str) -> None:  # noqa: A002
     """Raise what a save with this metadata and format would raise."""

@@ -1,7 +1,7 @@
 //! Bytes of arrays where they lie, for threads that call no MLX: on the host, or on the device by way of pinned memory.
 
-use super::Array;
-use crate::error::Result;
+use super::{Array, Dtype};
+use crate::error::{Error, Result};
 use crate::ffi::cuda::{self, Runs};
 use crate::ffi::{self, DeviceBytes, HostBytes};
 use std::marker::PhantomData;
@@ -18,6 +18,9 @@ pub struct Bytes {
     pub run: usize,
     /// Bytes from the start of one to that of the next.
     pub pitch: usize,
+    /// The array's, for a copy of it.
+    shape: Vec<i32>,
+    dtype: Dtype,
     place: Place,
 }
 
@@ -30,7 +33,7 @@ impl Array {
     /// Its bytes, evaluated first. There is one run, or `n_runs` of them if a number is given: else a copy is made.
     ///
     /// # Errors
-    /// [`Error::Mlx`](crate::Error::Mlx) if MLX or CUDA fails.
+    /// [`Error::Mlx`] if MLX or CUDA fails.
     pub fn bytes(&self, op: &'static str, n_runs: Option<usize>) -> Result<Bytes> {
         super::eval(op, [self])?;
         let fits = |runs: &[usize; 3]| runs[0] == 1 || n_runs.is_none_or(|n| n == runs[0]);
@@ -76,14 +79,16 @@ impl Array {
 impl Bytes {
     fn new(op: &'static str, array: Array, [n_runs, run, pitch]: [usize; 3]) -> Result<Self> {
         let n_bytes = if run == 0 { 0 } else { (n_runs - 1) * pitch + run };
+        let (shape, dtype) = (array.shape().to_vec(), array.dtype());
+        let of = |place| Self { n_runs, run, pitch, shape, dtype, place };
         let mut handle = array.0;
         if n_bytes > 0 && ffi::on_cuda() {
             handle = match DeviceBytes::new(op, handle, n_bytes)? {
-                Ok(bytes) => return Ok(Self { n_runs, run, pitch, place: Place::Device(bytes) }),
+                Ok(bytes) => return Ok(of(Place::Device(bytes))),
                 Err(unified) => unified,
             };
         }
-        Ok(Self { n_runs, run, pitch, place: Place::Host(HostBytes::new(op, handle, n_bytes)?) })
+        HostBytes::new(op, handle, n_bytes).map(|bytes| of(Place::Host(bytes)))
     }
 
     /// All from the first run to the last, what lies between them too; None if it is on a device.
@@ -94,10 +99,45 @@ impl Bytes {
         }
     }
 
+    /// Puts copies that nobody else knows in the place of those on a device, each in one run. Reading an array on the host
+    /// moves it, so that its own bytes are safe only as long as nobody can read it.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if device memory is short; nothing has changed then.
+    pub fn snapshot<'a>(all: impl Iterator<Item = &'a mut Self>) -> Result<()> {
+        let mut all: Vec<_> = all.filter(|bytes| bytes.on_host().is_none()).collect();
+        if all.is_empty() {
+            return Ok(());
+        }
+        let op = "snapshot";
+        let copies = all.iter().map(|bytes| Array::zeros(&bytes.shape, bytes.dtype)).collect::<Result<Vec<_>>>()?;
+        super::eval(op, &copies)?;
+        let whole = |copy: Array| {
+            let n_bytes = copy.n_bytes();
+            Self::new(op, copy, [1, n_bytes, n_bytes])
+        };
+        let copies = copies.into_iter().map(whole).collect::<Result<Vec<_>>>()?;
+        let pairs = all.iter().zip(&copies).map(|(from, to)| {
+            let (Place::Device(from_device), Place::Device(to_device)) = (&from.place, &to.place) else {
+                return Err(Error::Mlx { op, message: "expected a copy on the device".to_owned() });
+            };
+            let runs = |pitch| Runs { from: 0, n: from.n_runs, run: from.run, pitch };
+            Ok((*from_device.memory(), runs(from.pitch), *to_device.memory(), runs(from.run)))
+        });
+        cuda::copy_on_device(pairs.collect::<Result<Vec<_>>>()?)?;
+        for bytes in &all {
+            bytes.check_in_place(op)?;
+        }
+        for (bytes, copy) in all.iter_mut().zip(copies) {
+            **bytes = copy;
+        }
+        Ok(())
+    }
+
     /// Fails if the bytes do not lie any more where they did: what was copied meanwhile may be anything.
     ///
     /// # Errors
-    /// [`Error::Mlx`](crate::Error::Mlx) then.
+    /// [`Error::Mlx`] then.
     pub fn check_in_place(&self, op: &'static str) -> Result<()> {
         match &self.place {
             Place::Host(_) => Ok(()),
@@ -115,7 +155,7 @@ impl<'a> Downloader<'a> {
     /// Two pinned slots of `slot_bytes` each.
     ///
     /// # Errors
-    /// [`Error::Mlx`](crate::Error::Mlx) if CUDA fails.
+    /// [`Error::Mlx`] if CUDA fails.
     pub fn new(slot_bytes: usize) -> Result<Self> {
         Ok(Self(cuda::Downloader::new(slot_bytes)?, PhantomData))
     }
@@ -133,7 +173,7 @@ impl<'a> Downloader<'a> {
     /// The free slot, for the bytes that the host writes; before any [download](Self::download) into it.
     ///
     /// # Errors
-    /// [`Error::Mlx`](crate::Error::Mlx) if CUDA failed.
+    /// [`Error::Mlx`] if CUDA failed.
     ///
     /// # Panics
     /// If no slot is free, or a download into it was begun.
@@ -145,7 +185,7 @@ impl<'a> Downloader<'a> {
     /// from its byte `to[0]` on and `to[1]` apart.
     ///
     /// # Errors
-    /// [`Error::Mlx`](crate::Error::Mlx) if CUDA fails.
+    /// [`Error::Mlx`] if CUDA fails.
     ///
     /// # Panics
     /// If the runs do not lie in the array and in the slot, no slot is free, or `bytes` are not on a device.
@@ -164,7 +204,7 @@ impl<'a> Downloader<'a> {
     /// Nothing more goes into the slot.
     ///
     /// # Errors
-    /// [`Error::Mlx`](crate::Error::Mlx) if CUDA fails.
+    /// [`Error::Mlx`] if CUDA fails.
     pub fn send(&mut self) -> Result<()> {
         self.0.send()
     }
@@ -172,7 +212,7 @@ impl<'a> Downloader<'a> {
     /// The slot that was sent first, once it is here.
     ///
     /// # Errors
-    /// [`Error::Mlx`](crate::Error::Mlx) if a copy failed.
+    /// [`Error::Mlx`] if a copy failed.
     ///
     /// # Panics
     /// If none is on its way.

@@ -1,6 +1,7 @@
 //! L4: cache files. Reading and writing; which model filled the caches is not known here.
 
 pub mod atomic;
+pub mod background;
 mod convert;
 mod gather;
 pub mod header;

@@ -71,7 +71,12 @@ pub fn write_states(
 }
 
 /// Computes what goes into the file and finds where it lies; no file is touched.
-fn prepare(path: &Path, caches: Vec<CacheState<Array>>, metadata: &Metadata, options: &SaveOptions) -> Result<Ready> {
+pub(super) fn prepare(
+    path: &Path,
+    caches: Vec<CacheState<Array>>,
+    metadata: &Metadata,
+    options: &SaveOptions,
+) -> Result<Ready> {
     // Before anything is computed: a state that no file can hold, or that is no state of its class.
     wire::check_metadata(metadata)?;
     if options.padded && options.format == Format::V031 {

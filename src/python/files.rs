@@ -3,11 +3,13 @@
 use super::cache_to_python;
 use super::foreign::cache_state;
 use super::list::PyCacheList;
+use super::pending::PyPendingSave;
 use super::registry;
 use crate::array::Array;
 use crate::cache::{Cache, CacheState, State};
 use crate::error::Error;
-use crate::persist::{CacheFile, Format, SaveOptions, Saved, check_metadata, write_states};
+use crate::persist::background::WaitingSave;
+use crate::persist::{CacheFile, Format, Metadata, SaveOptions, Saved, check_metadata, write_states};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -18,9 +20,9 @@ use std::path::{Path, PathBuf};
 
 /// Saves caches, ours or mlx-lm's, into one safetensors file.
 ///
-/// The file appears whole or not at all, and holds the valid rows only.
+/// The file appears whole or not at all, and holds the valid rows only. In the background it is written after the call.
 #[pyfunction]
-#[pyo3(signature = (file_name, cache, metadata = None, *, format = "0.32", padded = false, durable = true, threads = None))]
+#[pyo3(signature = (file_name, cache, metadata = None, *, format = "0.32", padded = false, durable = true, threads = None, background = false))]
 #[expect(clippy::too_many_arguments, reason = "Python's keywords")]
 pub(super) fn save_prompt_cache(
     py: Python<'_>,
@@ -31,10 +33,16 @@ pub(super) fn save_prompt_cache(
     padded: bool,
     durable: bool,
     threads: Option<i64>,
-) -> PyResult<()> {
+    background: bool,
+) -> PyResult<Option<PyPendingSave>> {
     let threads = at_least_one("save_prompt_cache", threads)?;
-    save(py, &file_name, cache, metadata, &SaveOptions { format: format.parse()?, padded, durable, threads })
-        .map(|_| ())
+    let options = SaveOptions { format: format.parse()?, padded, durable, threads };
+    if !background {
+        return save(py, &file_name, cache, metadata, &options).map(|_| None);
+    }
+    let (states, metadata) = to_be_saved(cache, metadata)?;
+    let waiting = py.detach(|| WaitingSave::new(&file_name, states, &metadata, &options))?;
+    PyPendingSave::start(py, waiting).map(Some)
 }
 
 /// As `save_prompt_cache`, and gives the file and its size in bytes.
@@ -68,13 +76,21 @@ fn save(
     metadata: Option<&Bound<'_, PyAny>>,
     options: &SaveOptions,
 ) -> PyResult<Saved> {
-    let metadata = metadata.map_or_else(|| Ok(BTreeMap::new()), metadata_from_python)?;
-    let states = cache.try_iter()?.map(|cache| cache_state(&cache?)).collect::<PyResult<Vec<_>>>()?;
+    let (states, metadata) = to_be_saved(cache, metadata)?;
     // On this thread, which owns the streams of lazy arrays, but without the GIL: the disk may be slow.
     Ok(py.detach(|| write_states(file_name, states, &metadata, options))?)
 }
 
-fn metadata_from_python(metadata: &Bound<'_, PyAny>) -> PyResult<BTreeMap<String, String>> {
+fn to_be_saved(
+    cache: &Bound<'_, PyAny>,
+    metadata: Option<&Bound<'_, PyAny>>,
+) -> PyResult<(Vec<CacheState<Array>>, Metadata)> {
+    let metadata = metadata.map_or_else(|| Ok(BTreeMap::new()), metadata_from_python)?;
+    let states = cache.try_iter()?.map(|cache| cache_state(&cache?)).collect::<PyResult<Vec<_>>>()?;
+    Ok((states, metadata))
+}
+
+fn metadata_from_python(metadata: &Bound<'_, PyAny>) -> PyResult<Metadata> {
     let text = |object: Bound<'_, PyAny>, what: &str| -> PyResult<String> {
         let Ok(text) = object.cast::<PyString>() else {
             let message = format!("save_prompt_cache: expected a metadata {what} of type str, got {}", object.repr()?);

@@ -23,6 +23,7 @@ mod kv;
 mod list;
 mod lru;
 mod models;
+mod pending;
 mod prefill;
 mod quantized;
 mod quantized_rotating;
@@ -87,6 +88,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyLruPromptCache>()?;
     store::register(module)?;
     trie::register(module)?;
+    pending::register(module)?;
     functions::register(module)
 }
 

@@ -2,10 +2,12 @@
 
 mod download;
 mod pinned;
+mod snapshot;
 mod stream;
 mod upload;
 
 pub(crate) use download::Downloader;
+pub(crate) use snapshot::copy_on_device;
 pub(crate) use upload::Uploader;
 
 use crate::error::{Error, Result};

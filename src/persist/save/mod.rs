@@ -41,6 +41,22 @@ impl Ready {
         self.layouts.last().map_or(0, Layout::end)
     }
 
+    /// Makes the bytes safe from whatever becomes of the caches. On the host they are already: an array keeps its value,
+    /// and an update of a buffer that is held copies it first.
+    pub fn snapshot(&mut self) -> Result<()> {
+        let arrays = self.sources.iter_mut().filter_map(|source| match source {
+            Source::Array(bytes) => Some(bytes),
+            Source::Small(_) => None,
+        });
+        Bytes::snapshot(arrays)?;
+        for (source, layout) in self.sources.iter().zip(&mut self.layouts) {
+            if let Source::Array(Bytes { n_runs: 1, .. }) = source {
+                layout.in_memory = layout.valid;
+            }
+        }
+        Ok(())
+    }
+
     /// Fills `file`, a new content of the target, and puts it in place.
     pub fn write(self, mut file: AtomicFile) -> Result<Saved> {
         let n_bytes = self.n_bytes();

@@ -76,6 +76,9 @@ impl Stream {
                 (Side::Device(_), Side::Host(_)) if height == 1 => {
                     sys::cuMemcpyDtoHAsync_v2(to_host.cast(), from_device, width, self.raw)
                 }
+                (Side::Device(_), Side::Device(_)) if height == 1 => {
+                    sys::cuMemcpyDtoDAsync_v2(to_device, from_device, width, self.raw)
+                }
                 _ => sys::cuMemcpy2DAsync_v2(&raw const copy, self.raw),
             }
         };
