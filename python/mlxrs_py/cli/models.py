@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_flags", "load", "make_default", "positive", "quiet", "read_prompt"]
+__all__ = ["add_flags", "load", "make_default", "positive", "quiet", "read_prompt", "size"]
 
 
 def add_flags(parser: argparse.ArgumentParser, *, model_help: str) -> None:
@@ -25,6 +27,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return number
+
+
+def size(text: str) -> int:
+    """Read a number of bytes: 1000, 500MB, 1.5GB, 32GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i)?)?B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a number of bytes such as 500MB or 20GB, got {text!r}")
+    number, unit, binary = match.groups()
+    power = " KMGT".index((unit or " ").upper())
+    return int(Decimal(number) * (1024 if binary else 1000) ** power)
 
 
 def make_default(*, silent: bool = False) -> str:
