@@ -93,3 +93,19 @@ def test_a_conversation_that_was_put_goes_on_as_it_would_have(name, store):
     assert n_tokens == len(PROMPT) + len(answer)
     logits = model(mx.array([prompt[n_tokens:]]), cache=restored)[:, -1, :]
     assert steps(model, logits, restored) == steps(model, expected, caches)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3", "gpt_oss"])
+def test_off_the_grid_the_bits_are_those_of_other_windows(name, store):
+    assert mlxrs_py.build_info()["blas"], "reference BLAS gives equal bits for any windows and shows nothing"
+    model = tiny_models.make(name)
+    view = store.view(model)
+    view.prefill(model, PROMPT[:41], step_size=STEP)
+    assert not view.lookup(PROMPT, step_size=STEP).exact
+    off_grid, _, n_restored = view.prefill(model, PROMPT, step_size=STEP, policy="restore")
+    assert n_restored == 41
+    on_grid, _, n_restored = view.prefill(model, PROMPT, step_size=STEP, policy="restore", exact=True)
+    assert n_restored == STEP
+    logits, _ = cold(mlxrs_py.PromptStore(disk_bytes=0, block_tokens=BLOCK).view(model), model, PROMPT)
+    assert leaves([on_grid]) == leaves([logits])
+    assert leaves([off_grid]) != leaves([logits])
