@@ -19,6 +19,9 @@ __all__ = ["Quantization", "Recording", "StoredModel"]
 #: Prompts that are remembered until their answers are there: as many as a server works on at once.
 _MOST_RECORDINGS = 40
 
+#: A restore must bring more than this part of its tokens, and so many, over what is in memory: it reads all of them.
+_LEAST_PART, _LEAST_GAIN = 16, 8
+
 _log = logging.getLogger("mlxrs_py")
 
 
@@ -82,13 +85,13 @@ class StoredModel:
         self._recordings: deque[Recording] = deque(maxlen=_MOST_RECORDINGS)
 
     def restore(self, tokens: list[int], *, beyond: int) -> tuple[list[Any], int] | None:
-        """Give caches with more than ``beyond`` of the tokens, not all, and how many; None if there are none."""
+        """Give caches with clearly more than ``beyond`` of the tokens, not all, and how many; else None."""
         with _logged("looking up a prompt"):
-            for view, least in ((self._quantized, self._quantized_start), (self._plain, 1)):
-                if view is None or view.lookup(tokens).n_tokens < max(beyond + 1, least):
+            for view, least in ((self._quantized, self._quantized_start), (self._plain, 0)):
+                if view is None or not _is_worth(view.lookup(tokens).n_tokens, beyond, least):
                     continue
                 caches, n_tokens = view.restore(tokens)
-                if n_tokens >= max(beyond + 1, least):
+                if n_tokens > beyond and n_tokens >= least:
                     _log.info("Prompt store: %d of %d tokens restored", n_tokens, len(tokens))
                     return caches, n_tokens
         return None
@@ -158,6 +161,10 @@ class Recording:
             handles = self._recorders[view].note(tokens, caches, is_last or model._has_states, keep)
             self._tokens = list(tokens)
             model._writing.append(Handle(handles))
+
+
+def _is_worth(n_tokens: int, beyond: int, least: int) -> bool:
+    return n_tokens >= least and n_tokens - beyond >= max(_LEAST_GAIN, n_tokens // _LEAST_PART)
 
 
 @contextmanager
