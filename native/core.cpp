@@ -63,17 +63,20 @@ namespace {
 struct CudaBuffer {
   void* data;
   size_t size;
-  int device;
+  int device; // -1: unified
 };
 } // namespace
 
-extern "C" bool mlxrs_cuda_memory(const mlx_array array, void** data, size_t* size) {
-  auto* buffer = static_cast<CudaBuffer*>(static_cast<mx::array*>(array.ctx)->buffer().ptr());
-  if (buffer == nullptr) {
+extern "C" bool mlxrs_cuda_memory(const mlx_array array, void** data, size_t* size, bool* on_device) {
+  auto* node = static_cast<mx::array*>(array.ctx);
+  auto* buffer = static_cast<CudaBuffer*>(node->buffer().ptr());
+  auto offset = static_cast<size_t>(node->offset());
+  if (buffer == nullptr || buffer->size < offset) {
     return false;
   }
-  *data = buffer->data;
-  *size = buffer->size;
+  *data = static_cast<char*>(buffer->data) + offset;
+  *size = buffer->size - offset;
+  *on_device = buffer->device >= 0;
   return true;
 }
 

@@ -32,8 +32,9 @@ bool mlxrs_is_scheduled(const mlx_array array);
    the buffer that a chain of updates began with. An empty handle if there is none. */
 mlx_array mlxrs_scheduled_ancestor(const mlx_array array);
 
-/* Where a computed array on a CUDA device lies: its buffer's memory and size. False if it has none. */
-bool mlxrs_cuda_memory(const mlx_array array, void** data, size_t* size);
+/* Where a computed array on a CUDA device lies: its first element, the bytes from there to the end of its buffer, and
+   whether that is memory of the device or unified. False if it has none. */
+bool mlxrs_cuda_memory(const mlx_array array, void** data, size_t* size, bool* on_device);
 
 /* MLX's version as libmlx, loaded now, tells it. */
 const char* mlxrs_mlx_version(void);

@@ -697,12 +697,14 @@ def save_prompt_cache(
     format: str = "0.32",  # noqa: A002
     padded: bool = False,
     durable: bool = True,
+    threads: int | None = None,
 ) -> None:
     """Save caches, ours or mlx-lm's, into one safetensors file.
 
     The file appears whole or not at all, and holds the valid rows only. ``.safetensors`` is added to a name without it.
     ``format`` is the mlx-lm that shall read the file. ``padded`` (0.32 only) writes mlx-lm's full buffers, the padding
-    zeroed. ``durable``: the file survives a crash of the machine from the moment this returns.
+    zeroed. ``durable``: the file survives a crash of the machine from the moment this returns. ``threads`` write at
+    once, as they read in ``load_prompt_cache``; on CUDA from device memory through the same pinned memory.
 
     Errors: ValueError or TypeError for metadata or states that a file cannot hold, MlxError if evaluating fails,
     OSError if the system refuses. An older file then stays as it was.
@@ -784,6 +786,21 @@ class PromptStore:
         """Wait for what is being written, and close."""
     def view(self, fingerprint: bytes, caches: Iterable[Any]) -> StoreView:
         """Bind the model that ``fingerprint`` stands for, whose fresh caches are ``caches``."""
+    def stats(self) -> dict[str, int | None]:
+        """Give the numbers of the store."""
+    def list(self) -> list[dict[str, Any]]:
+        """Give all records, parents before their children."""
+    def pin_id(self, id: str, pins: bool) -> int:  # noqa: A002
+        """Pin or unpin the record whose name begins with ``id``, and those before it; give how many.
+
+        Errors: ValueError if there is no such record, or more than one.
+        """
+    def prune(self, target: int | None = None) -> int:
+        """Evict until at most ``target`` bytes are left; give the bytes that were freed."""
+    def verify(self, repair: bool) -> dict[str, Any]:
+        """Read every record; with ``repair`` what is damaged is set aside and the index made right."""
+    def clear(self) -> None:
+        """Remove every record; pinned ones too."""
     def rate(self, name: str) -> float | None:
         """Give the average of a measured rate, such as bytes per second of restores."""
     def note_rate(self, name: str, value: float) -> None:

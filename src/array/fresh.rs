@@ -58,7 +58,7 @@ impl DeviceBuffer {
         let arrays = arrays.collect::<Result<Vec<_>>>()?;
         super::eval("zeros", &arrays)?;
         let buffers = arrays.into_iter().map(|array| {
-            let memory = DeviceMemory(cuda::Memory::of(&array.0, array.n_bytes())?);
+            let memory = DeviceMemory(cuda::Memory::of("upload", &array.0, array.n_bytes())?);
             Ok(Self { array, memory })
         });
         buffers.collect::<Result<_>>().map(Some)

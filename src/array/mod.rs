@@ -1,10 +1,12 @@
 //! L1: the safe face of one MLX array, with the dozen operations that caches need.
 
+mod bytes;
 mod dtype;
 mod fresh;
 mod host;
 mod rows;
 
+pub use bytes::{Bytes, Downloader};
 pub use dtype::Dtype;
 pub use fresh::{DeviceBuffer, DeviceMemory, HostBuffer, Uploader};
 

@@ -231,6 +231,7 @@ fn ring_runs(ring: &Ring) -> Vec<Run> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that fails shall stop")]
 mod tests {
     use super::*;
     use crate::array::Dtype;

@@ -4,6 +4,8 @@ mod array_handle;
 pub(crate) mod cuda;
 mod error_handler;
 mod fresh;
+mod kept;
+mod page_cache;
 mod rows;
 mod vector;
 
@@ -28,6 +30,8 @@ pub(crate) use array_handle::RawArray;
 pub(crate) use array_handle::{ArrayHandle, live_handles};
 pub(crate) use error_handler::check;
 pub(crate) use fresh::FreshHandle;
+pub(crate) use kept::{DeviceBytes, HostBytes};
+pub(crate) use page_cache::{is_cached_and_clean, start_writeback};
 pub(crate) use raw::{mlx_device_type_, mlx_dtype, mlx_dtype_};
 pub(crate) use vector::{async_eval, concatenate, eval, quantize};
 

@@ -3,8 +3,11 @@
 pub mod atomic;
 mod convert;
 pub mod header;
+mod layout;
 mod reader;
 mod restore;
+mod save;
+mod threads;
 pub mod wire;
 mod writer;
 

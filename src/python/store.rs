@@ -6,9 +6,10 @@ use super::list::{PyCacheList, children};
 use super::tokens::Tokens;
 use crate::cache::Cache;
 use crate::store::view::{Recorder, View};
-use crate::store::{Options, PromptStore, PutHandle, Tier};
+use crate::store::{Listed, Options, PromptStore, PutHandle, RecordKind, Tier};
 use pyo3::exceptions::{PyOverflowError, PyTimeoutError, PyTypeError};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -90,6 +91,75 @@ impl PyPromptStore {
     fn view(&self, fingerprint: &[u8], caches: &Bound<'_, PyAny>) -> PyResult<PyView> {
         let leaves = contents(&leaves(caches)?)?;
         Ok(PyView(Mutex::new(View::new(Arc::clone(&self.0), fingerprint, leaves)?)))
+    }
+
+    /// Numbers of the store.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = py.detach(|| self.0.stats());
+        let found = PyDict::new(py);
+        found.set_item("disk_records", stats.n_disk)?;
+        found.set_item("disk_bytes", stats.disk_bytes)?;
+        found.set_item("disk_limit", stats.disk_limit)?;
+        found.set_item("ram_records", stats.n_ram)?;
+        found.set_item("ram_bytes", stats.ram_bytes)?;
+        found.set_item("ram_limit", stats.ram_limit)?;
+        found.set_item("queued_bytes", stats.queued_bytes)?;
+        found.set_item("hits", stats.n_hits)?;
+        found.set_item("misses", stats.n_misses)?;
+        found.set_item("quarantined", stats.n_quarantined)?;
+        found.set_item("written_today", stats.written_today)?;
+        found.set_item("write_limit", stats.write_limit)?;
+        found.set_item("index_rebuilds", stats.n_rebuilds)?;
+        Ok(found)
+    }
+
+    /// All records, parents before their children.
+    fn list<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        let record = |listed: Listed| {
+            let found = PyDict::new(py);
+            found.set_item("id", listed.id)?;
+            found.set_item("parent", listed.parent)?;
+            found.set_item("space", listed.space)?;
+            found.set_item("kind", if listed.kind == RecordKind::Rows { "rows" } else { "state" })?;
+            found.set_item("start", listed.start)?;
+            found.set_item("end", listed.end)?;
+            found.set_item("bytes", listed.n_bytes)?;
+            found.set_item("hits", listed.hits)?;
+            found.set_item("used", listed.used as f64 / 1e6)?;
+            found.set_item("pinned", listed.pinned)?;
+            found.set_item("tier", tier_name(listed.tier))?;
+            Ok(found)
+        };
+        py.detach(|| self.0.list()).into_iter().map(record).collect()
+    }
+
+    /// Pins or unpins the record whose name begins with `id`, and those before it; gives how many.
+    fn pin_id(&self, py: Python<'_>, id: &str, pins: bool) -> PyResult<usize> {
+        Ok(py.detach(|| self.0.pin_id(id, pins))?)
+    }
+
+    /// Evicts until at most `target` bytes are left; gives the bytes that were freed.
+    #[pyo3(signature = (target = None))]
+    fn prune(&self, py: Python<'_>, target: Option<u64>) -> PyResult<u64> {
+        Ok(py.detach(|| self.0.prune(target))?)
+    }
+
+    /// Reads every record; with `repair` what is damaged is set aside and the index made right.
+    fn verify<'py>(&self, py: Python<'py>, repair: bool) -> PyResult<Bound<'py, PyDict>> {
+        let verified = py.detach(|| self.0.verify(repair))?;
+        let found = PyDict::new(py);
+        found.set_item("sound", verified.is_sound())?;
+        found.set_item("records", verified.n_records)?;
+        found.set_item("bytes", verified.n_bytes)?;
+        found.set_item("damaged", verified.damaged)?;
+        found.set_item("unknown", verified.n_unknown)?;
+        found.set_item("index_sound", verified.is_index_sound)?;
+        Ok(found)
+    }
+
+    /// Removes every record; pinned ones too.
+    fn clear(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.0.clear())?)
     }
 
     /// A measured rate, such as bytes per second of restores.

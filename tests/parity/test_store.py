@@ -17,9 +17,10 @@ STEP, BLOCK, N_STEPS = 32, 16, 20
 PROMPT = tokens(150)
 
 
-@pytest.fixture
-def store():
-    with mlxrs_py.PromptStore(disk_bytes=0, block_tokens=BLOCK) as store:
+@pytest.fixture(params=["ram", "disk"])
+def store(request, tmp_path):
+    on_disk = {"path": tmp_path / "store", "disk_bytes": 1 << 30} if request.param == "disk" else {"disk_bytes": 0}
+    with mlxrs_py.PromptStore(**on_disk, block_tokens=BLOCK) as store:
         yield store
 
 

@@ -20,9 +20,10 @@ def make_store(**options):
     return mlxrs_py.PromptStore(**{"disk_bytes": 0, "block_tokens": BLOCK, **options})
 
 
-@pytest.fixture
-def store():
-    with make_store() as store:
+@pytest.fixture(params=["ram", "disk"])
+def store(request, tmp_path):
+    options = {} if request.param == "ram" else {"path": tmp_path / "store", "disk_bytes": 1 << 30}
+    with make_store(**options) as store:
         yield store
 
 
@@ -38,7 +39,7 @@ def test_what_was_prefilled_is_found_and_the_rest_computed(store):
     assert (n_restored, model.windows, caches[0].offset) == (0, [32, 32, 32, 3, 1], 100)
     model.windows.clear()
     found = view.lookup(PROMPT, step_size=STEP)
-    assert (found.n_tokens, found.tier, found.exact) == (99, "ram", False)
+    assert (found.n_tokens, found.exact) == (99, False)
     again, caches, n_restored = run(view, model, PROMPT, policy="restore")
     assert (n_restored, model.windows, caches[0].offset) == (99, [1], 100)
     assert leaves([logits]) == leaves([again])

@@ -147,6 +147,57 @@ class PromptStore:
         core = self._core.view(identity + namespace.encode(), make_caches())
         return View(self._core, core, make_caches, identity.hex(), self._decisions)
 
+    def stats(self) -> dict[str, Any]:
+        """Give numbers: records and bytes on disk and in memory with their limits, what waits to be written, hits and
+        misses of lookups, damaged records, bytes written today, and how often a prefill restored, recomputed or missed.
+        """
+        return {**self._core.stats(), "decisions": dict(self._decisions)}
+
+    def ls(self) -> list[dict[str, Any]]:
+        """List all records, parents before their children.
+
+        Each has an ``id`` and that of its ``parent``, the ``space`` of its model, its ``kind`` ("rows" or "state"), its
+        tokens from ``start`` to ``end``, ``bytes``, ``hits``, ``used`` (seconds since 1970), ``pinned`` and ``tier``.
+        """
+        return self._core.list()
+
+    def pin(self, id: str) -> int:  # noqa: A002  (the name that ls gives it)
+        """Keep a record and those before it from eviction; give how many there are.
+
+        Args:
+            id: The beginning of the record's id; :meth:`View.pin` takes tokens.
+
+        Raises:
+            ValueError: If no record is called so, or several are.
+
+        """
+        return self._core.pin_id(id, True)
+
+    def unpin(self, id: str) -> int:  # noqa: A002
+        """Take the pins of a record and those before it back; give how many there are."""
+        return self._core.pin_id(id, False)
+
+    def prune(self, n_bytes: int | None = None) -> int:
+        """Remove what dead processes left, and the least recently used until ``n_bytes`` are left; give what was freed."""
+        return self._core.prune(n_bytes)
+
+    def verify(self, *, repair: bool = False) -> dict[str, Any]:
+        """Read every record from its first byte to its last.
+
+        Args:
+            repair: Set what is damaged aside and make the index right.
+
+        Returns:
+            ``sound``, the number of ``records`` and their ``bytes``, the files that are ``damaged``, how many are
+            ``unknown`` to the index or to the folder, and whether the index is sound.
+
+        """
+        return self._core.verify(repair)
+
+    def clear(self) -> None:
+        """Remove every record; pinned ones too."""
+        self._core.clear()
+
     def close(self) -> None:
         """Wait for what is being written, and let go of the folder."""
         _open.discard(self)

@@ -1,10 +1,11 @@
 //! Into CUDA device memory: through pinned buffers, which the device reads while the next ones are filled.
 
+use super::Target;
 use super::plan::{SPAN, Span};
-use super::{Target, share};
 use crate::array::{Array, DeviceBuffer, DeviceMemory, Uploader};
 use crate::error::Result;
 use crate::persist::reader::Data;
+use crate::persist::threads::share;
 use std::num::NonZero;
 
 /// None where arrays do not lie in device memory.

@@ -88,7 +88,7 @@ impl View {
     /// The deepest boundary that every layer can restore.
     fn plan(&self, tokens: &[u32], step: u32, exact: bool) -> Option<Plan> {
         let limit = tokens.len().checked_sub(1)?;
-        let found = self.store.find(&self.space, tokens);
+        let found = self.store.find(&self.space, tokens, self.has_states());
         let mut rows = found.blocks;
         rows.extend(found.partial);
         let ends = |record: &RecordInfo| record.start + record.n_common.min(record.end - record.start);
