@@ -25,7 +25,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # OpenBLAS's threads spin while they wait, which starves the rest of a busy box; test models are small.
 python parity test-upstream test-wheel suite soak: export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: help build demo test lint rust python parity test-upstream wheel test-wheel soak suite miri asan bench clean
+.PHONY: help build demo test lint rust python parity test-upstream wheel test-wheel soak suite miri asan bench bench-gpu plots clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -98,11 +98,18 @@ asan: build ## the Rust tests under AddressSanitizer (needs a nightly toolchain)
 	ASAN_OPTIONS=detect_leaks=0 RUSTFLAGS=-Zsanitizer=address MLXRS_FUZZ_INPUTS=3000 \
 	  cargo +nightly test --quiet --target $$(rustc -vV | sed -n 's/host: //p') --lib --test rust
 
-bench: build ## update, save, load and lookup beside mlx-lm's, in one run; then Rust alone
-	$(BIN)/python benches/python/update.py
-	$(BIN)/python benches/python/files.py
-	$(BIN)/python benches/python/lookup.py
-	cargo bench --quiet --bench update
+bench: build ## everything beside mlx-lm and the machine's limit, in one run; then Rust alone
+	$(INSTALL) --editable '.[bench]'
+	$(BIN)/python benches/python/run.py --json target/bench/cpu.json --plots target/bench $(BENCH)
+	cargo bench --quiet --benches
+
+bench-gpu: ## the same on a GPU, with a Python that has MLX for it, mlx-lm and this project: make bench-gpu PYTHON=…
+	$(PYTHON) benches/python/run.py --device gpu --json target/bench/gpu.json $(BENCH)
+
+plots: build ## docs/plots and the tables of docs/benchmarks.md from the results in docs/bench
+	$(INSTALL) --editable '.[bench]'
+	$(BIN)/python benches/python/plots.py docs/bench/*.json --to docs/plots
+	$(BIN)/python benches/python/tables.py docs/bench/*.json --in docs/benchmarks.md
 
 clean: ## remove all that was built
 	rm -rf target dist .venv .venv312 .venv313

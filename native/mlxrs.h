@@ -28,6 +28,10 @@ mlx_array mlxrs_host_array(const int* shape, int dim, mlx_dtype dtype, void** da
 /* True if the array has been computed, or its computation has been scheduled. */
 bool mlxrs_is_scheduled(const mlx_array array);
 
+/* Fills `marks` with arrays that have no data, one for each computation that `arrays` are still the outcome of:
+   evaluating a mark waits for that computation, and fails as it did. */
+int mlxrs_marks(mlx_vector_array* marks, const mlx_vector_array arrays);
+
 /* The array itself, or what it would be computed from by the first input of each step, whichever is scheduled first:
    the buffer that a chain of updates began with. An empty handle if there is none. */
 mlx_array mlxrs_scheduled_ancestor(const mlx_array array);

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self, SupportsIndex, TypeVar, final
+from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeVar, final
 
 import mlx.core as mx
 import numpy as np
@@ -671,7 +671,7 @@ def prefill(
     tokens: Any,
     cache: Any,
     *,
-    step_size: int = 2048,
+    step_size: int | Literal["auto"],
     input_embeddings: mx.array | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = 64,

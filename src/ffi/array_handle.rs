@@ -128,6 +128,13 @@ impl ArrayHandle {
         unsafe { raw::mlxrs_is_scheduled(self.0) }
     }
 
+    /// Waits for the computation that this mark stands for.
+    pub(crate) fn wait(self, op: &'static str) -> Result<()> {
+        // SAFETY: a live array without a primitive, so that nothing is evaluated: MLX waits for its event, and no other
+        // handle knows the node, whose status that changes.
+        check(op, unsafe { raw::mlx_array_eval(self.0) })
+    }
+
     /// The buffer that a chain of updates began with, if it is still there.
     pub(crate) fn scheduled_ancestor(&self) -> Option<Self> {
         error_handler::install();

@@ -2,6 +2,7 @@
 
 pub mod atomic;
 mod convert;
+mod gather;
 pub mod header;
 mod layout;
 mod reader;
@@ -18,6 +19,7 @@ pub type Metadata = BTreeMap<String, String>;
 
 pub use atomic::effective_safetensors_path;
 pub use convert::{CutTensor, convert, recast};
+pub use gather::gather;
 pub use header::TensorInfo;
 pub use reader::{CacheFile, load_prompt_cache};
 pub use restore::assemble::{Assembly, Damage, Piece, Source, assemble};

@@ -5,6 +5,7 @@ use super::layout::{self, Leaf};
 use crate::array::{self, Array};
 use crate::cache::{Cache, KvTensor, Lookback};
 use crate::error::{Error, Result};
+use crate::persist::gather;
 use crate::store::{NewRecord, NewTensor, PutHandle, RecordKind, Wanted};
 use std::ops::Range;
 
@@ -67,7 +68,7 @@ impl Recorder {
             batch.add(match wanted.kind {
                 RecordKind::Rows => self.rows(leaves, wanted)?,
                 RecordKind::State => states(leaves, wanted, keep)?,
-            })?;
+            });
             if batch.n_bytes >= BATCH {
                 handles.push(self.view.store.put(&self.view.space, tokens, batch.take()?));
             }
@@ -211,30 +212,24 @@ struct Batch {
 }
 
 impl Batch {
-    fn add(&mut self, mut cut: Cut) -> Result<()> {
-        // On CUDA rows must lie together before they leave the device; elsewhere they are read where they lie.
-        if array::on_device() {
-            for (_, array) in &mut cut.tensors {
-                *array = array.copied()?;
-            }
-        }
+    fn add(&mut self, cut: Cut) {
         self.n_bytes += cut.tensors.iter().map(|(_, array)| array.n_bytes()).sum::<usize>();
         self.records.push(cut);
-        Ok(())
     }
 
     fn take(&mut self) -> Result<Vec<NewRecord>> {
         let cuts = std::mem::take(self).records;
-        array::eval("PromptStore.put", cuts.iter().flat_map(|cut| &cut.tensors).map(|(_, array)| array))?;
+        let arrays: Vec<_> = cuts.iter().flat_map(|cut| &cut.tensors).map(|(_, array)| array.clone()).collect();
+        let mut gathered = gather("PromptStore.put", &arrays, None)?.into_iter();
         let record = |cut: Cut| {
             let tensor = |(name, array): (String, Array)| {
                 let shape = array.shape().iter().map(|&dim| dim as usize).collect();
-                Ok(NewTensor { name, dtype: array.dtype(), shape, bytes: array.to_bytes()? })
+                NewTensor { name, dtype: array.dtype(), shape, bytes: gathered.next().unwrap_or_default() }
             };
             let Cut { kind, start, end, grid, complete_from, keep, layout, tensors } = cut;
-            let tensors = tensors.into_iter().map(tensor).collect::<Result<_>>()?;
-            Ok(NewRecord { kind, start, end, grid, complete_from, keep, layout, tensors })
+            let tensors = tensors.into_iter().map(tensor).collect();
+            NewRecord { kind, start, end, grid, complete_from, keep, layout, tensors }
         };
-        cuts.into_iter().map(record).collect()
+        Ok(cuts.into_iter().map(record).collect())
     }
 }
