@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from parity import tiny_folders
 from parity.reference import cache as theirs
 from parity.reference import generate_step, load
-from parity.served import OURS, THEIRS, Server, serve
+from parity.served import OURS, THEIRS, Server, serve, wait_for_writes
 
 TINY = ("gemma3", "gpt_oss", "qwen3_next", "mamba2", "jamba", "falcon_h1", "llama4")
 DEFAULT = "SmolLM2-135M (default)"
@@ -120,8 +120,8 @@ def measure(folder: Path, text: Text, store: Path) -> list[list[Any]]:
         options = (*options[:1], f"{store}-restarted") if options else ()
         with running(code, folder, *options) as server:
             answers = [by_server(server, first_chat(case, text))[0] for case in range(len(CASES))]
-            # Caches are kept behind the answer: once another one is there, these are.
-            by_server(server, [{"role": "user", "content": text(10, 99_000)}])
+            if options:
+                wait_for_writes(Path(options[1]))
         with running(code, folder, *options) as server:
             for case, row in enumerate(rows):
                 row.append(by_server(server, second_chat(case, text, answers[case]))[1])

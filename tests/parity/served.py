@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlxrs_py
+
 #: Counts calls while the command line runs, and prints them when Ctrl-C has ended it. Then no destructor runs: those of
 #: MLX's threads may abort the process, mlx-lm's too.
 OURS = """
@@ -87,6 +89,16 @@ class Server:
             lines = [line.removeprefix("data: ") for line in lines if line.startswith("data: {")]
             assert len(lines) > 2
         return [json.loads(line) for line in lines]
+
+
+def wait_for_writes(folder: Path, seconds: float = 1.5) -> None:
+    """Wait until nothing new has come into a store for so long: servers write behind their answers."""
+    with mlxrs_py.PromptStore(folder, read_only=True) as store:
+        seen, since = store.ls(), time.monotonic()
+        while time.monotonic() - since < seconds or not seen:
+            time.sleep(0.1)
+            if len(now := store.ls()) != len(seen):
+                seen, since = now, time.monotonic()
 
 
 @contextlib.contextmanager

@@ -241,3 +241,10 @@ def test_a_store_is_for_the_tested_mlx_lm_only(store, monkeypatch):
     monkeypatch.setattr("mlx_lm.__version__", "0.33.0")
     with pytest.raises(ValueError, match=r"0\.33\.0"):
         mlxrs_py.install(store=store, any_version=True)
+
+
+def test_mlx_lms_server_ends_with_an_exact_repeat_of_all_that_was_said(folder, caplog):
+    with pytest.raises(RuntimeError, match="generation thread died"), local_server(folder("qwen3"), *OPTIONS) as server:
+        first = server.ask(words(50))
+        server.ask(f"{words(50)} {first.text}")
+    assert "empty prompt" in caplog.text

@@ -4,7 +4,7 @@ import pytest
 
 from mlxrs_py.default_model import default_model_path
 
-from .served import OURS, THEIRS, serve
+from .served import OURS, THEIRS, serve, wait_for_writes
 from .tiny_folders import save, words
 
 OPTIONS = ("--prefill-step-size", "512", "--log-level", "ERROR")
@@ -22,8 +22,7 @@ def killed_and_asked_again(model, messages, more, tmp_path, **options):
     with serve(OURS, *store) as server:
         first, n_cached, _ = server.chat(messages, **options)
         assert n_cached == 0
-        # The end of an answer is stored behind it: once the next one is there, that has been.
-        server.chat([more])
+        wait_for_writes(tmp_path / "store")
         server.kill()
     with serve(OURS, *store) as server:
         grown = [*messages, {"role": "assistant", "content": first}, more]

@@ -35,7 +35,7 @@ def test_the_python_examples_run(code, tmp_path):
 @pytest.mark.real_model
 def test_the_commands_run(tmp_path):
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("mlxrs-py")]
-    assert len(commands) == 6
+    assert len(commands) == 9
     for command in commands:
         words = [sys.executable, "-m", "mlxrs_py", *shlex.split(command, comments=True)[1:]]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

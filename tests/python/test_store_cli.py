@@ -53,7 +53,8 @@ def test_numbers_are_told(folder, capsys):
     facts = as_json(capsys, "stats", "--store", folder)
     assert facts["disk_records"] == len(as_json(capsys, "ls", "--store", folder))
     _, out, _ = run(capsys, "stats", "--store", folder)
-    assert "disk records" in out and " MB" in out
+    assert facts["models"] == 1 and facts["pinned"] == 0
+    assert "disk records" in out and " kB" in out
 
 
 def test_verify_finds_a_damaged_byte_and_repairs(folder, capsys):

@@ -23,7 +23,10 @@ __all__ = ["add"]
 _NO_LIMIT = 1 << 62
 
 #: What ``stats`` and ``verify`` count in bytes.
-_BYTES = {"bytes", "disk_bytes", "ram_bytes", "ram_limit", "queued_bytes", "written_today", "write_limit"}
+_BYTES = {"bytes", "disk_bytes", "written_today"}
+
+#: Numbers that do not begin at 0 with each process that opens the store.
+_OF_ALL_PROCESSES = ("disk_records", "disk_bytes", "quarantined", "written_today")
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -84,11 +87,15 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 def _stats(arguments: argparse.Namespace) -> int:
     with _opened(arguments) as store:
-        facts = {name: value for name, value in store.stats().items() if name not in ("decisions", "disk_limit")}
-        if arguments.plot is not None:
-            from mlxrs_py.store.plot import plot
+        stats, records = store.stats(), store.ls()
+    facts = {name: stats[name] for name in _OF_ALL_PROCESSES}
+    facts["models"] = len({record["space"] for record in records})
+    facts["pinned"] = sum(record["pinned"] for record in records)
+    facts["hits"] = sum(record["hits"] for record in records)
+    if arguments.plot is not None:
+        from mlxrs_py.store.plot import plot
 
-            plot(store.ls(), arguments.plot)
+        plot(records, arguments.plot)
     _print_facts(arguments, facts)
     return 0
 
