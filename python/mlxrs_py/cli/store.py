@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxrs_py._units import size_text
 from mlxrs_py.cli import models, plain
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         added.set_defaults(run=run)
         return added
 
-    action("ls", _ls, "list the records, a line each", " A record's tokens go on those of the one that it is under.")
+    action("ls", _ls, "list the records, a line each", " Those that others go on come first.")
     stats = action("stats", _stats, "show how full the store is and how often it helped")
     stats.add_argument("--plot", metavar="FILE", help="draw the tree of prefixes, with hits and bytes, into FILE")
     verify = action("verify", _verify, "check every byte", " The exit code is 1 if anything is wrong.")
@@ -110,7 +111,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _prune(arguments: argparse.Namespace) -> int:
     with _opened(arguments) as store:
         n_bytes = store.prune(arguments.to)
-    _tell(arguments, {"bytes": n_bytes}, f"{_size(n_bytes)} taken out")
+    _tell(arguments, {"bytes": n_bytes}, f"{size_text(n_bytes)} taken out")
     return 0
 
 
@@ -144,7 +145,7 @@ def _clear(arguments: argparse.Namespace) -> int:
 
 
 def _table(records: list[dict[str, Any]]) -> list[str]:
-    """Give one aligned line per record, under the head of its model."""
+    """Give one aligned line per record; a head on a terminal."""
     now = time.time()
     head = ("id", "model", "kind", "tokens", "bytes", "hits", "used", "tier", "pinned")
     rows = [head] if sys.stdout.isatty() else []
@@ -153,8 +154,8 @@ def _table(records: list[dict[str, Any]]) -> list[str]:
             record["id"][:12],
             record["space"][:8],
             record["kind"],
-            f"{record['start']}-{record['end']}",
-            _size(record["bytes"]),
+            f"{record['start']}-{record['end']}" if record["kind"] == "rows" else f"at {record['end']}",
+            size_text(record["bytes"]),
             str(record["hits"]),
             _ago(now - record["used"]),
             record["tier"],
@@ -172,7 +173,7 @@ def _print_facts(arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        shown = _size(value) if name in _BYTES and value is not None else value
+        shown = size_text(value) if name in _BYTES and value is not None else value
         if isinstance(value, list):
             shown = ", ".join(map(str, value)) or "none"
         elif isinstance(value, bool) or value is None:
@@ -190,15 +191,6 @@ def _tell(arguments: argparse.Namespace, facts: dict[str, Any], text: str) -> No
         _print_json(facts)
     elif sys.stdout.isatty():
         print(text)
-
-
-def _size(n_bytes: int) -> str:
-    if n_bytes < 1000:
-        return f"{n_bytes} B"
-    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
-        if n_bytes >= 1000**power or power == 1:
-            return f"{n_bytes / 1000**power:.1f} {unit}"
-    raise AssertionError
 
 
 def _ago(seconds: float) -> str:

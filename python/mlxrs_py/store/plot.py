@@ -6,6 +6,8 @@ import os
 from collections import defaultdict
 from typing import Any
 
+from mlxrs_py._units import size_text
+
 __all__ = ["plot"]
 
 _Record = dict[str, Any]
@@ -44,7 +46,7 @@ def plot(records: list[_Record], file: str | os.PathLike[str]) -> None:
     for panel, (space, found) in zip(panels, spaces.items(), strict=True):
         _draw(panel, found, places[space], colours)
         size = sum(record["bytes"] for record in found)
-        panel.set_title(f"model {space[:8]}: {len(found)} records, {size / 1e6:.1f} MB", fontsize=9, loc="left")
+        panel.set_title(f"model {space[:8]}: {len(found)} records, {size_text(size)}", fontsize=9, loc="left")
     panels[-1].set_xlabel("tokens")
     figure.colorbar(colours, ax=list(panels), label="1 + hits")
     figure.savefig(file, dpi=120)
@@ -83,12 +85,12 @@ def _draw(panel: Any, records: list[_Record], places: dict[str, tuple[int, int]]
             line, height = places[record["id"]]
             width = record["end"] - record["start"]
             edge = "red" if record["pinned"] else "white"
-            panel.add_patch(Rectangle((record["start"], line), width, height * 0.96, facecolor=colour, edgecolor=edge))
+            panel.add_patch(Rectangle((record["start"], line), width, height - 0.06, facecolor=colour, edgecolor=edge))
             ends[record["id"]] = line
             if width * 12 >= max(other["end"] for other in records):
-                middle = (record["start"] + width / 2, line + height * 0.48)
-                text = f"{record['bytes'] / 1e6:.1f} MB"
-                panel.text(*middle, text, ha="center", va="center", fontsize=6, color="grey")
+                middle = (record["start"] + width / 2, line + height / 2)
+                ink = "black" if sum(colour[:3]) > 1.5 else "white"
+                panel.text(*middle, size_text(record["bytes"]), ha="center", va="center", fontsize=6, color=ink)
         else:
             line = ends.get(parents[record["id"]], 0)
             panel.plot(record["end"], line + 0.5, "o", color=colour, markeredgecolor="black", markersize=4)
