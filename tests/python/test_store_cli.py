@@ -10,6 +10,7 @@ import pytest
 
 import mlxrs_py
 from mlxrs_py.cli import main
+from mlxrs_py.store.plot import plot
 from tiny import TinyModel
 
 needs_mlx_lm = pytest.mark.real_model
@@ -121,6 +122,17 @@ def test_the_tree_of_prefixes_is_drawn(folder, capsys, tmp_path):
     code, _, _ = run(capsys, "stats", "--plot", tmp_path / "tree.png", "--store", folder)
     assert code == 0
     assert (tmp_path / "tree.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("hits", [0, 5])
+def test_a_picture_needs_no_hits_and_no_parents(hits, tmp_path):
+    pytest.importorskip("matplotlib")
+    facts = {"space": "5e", "bytes": 10, "hits": hits, "used": 0.0, "pinned": True, "tier": "ram"}
+    rows = {**facts, "id": "a", "parent": "gone", "kind": "rows", "start": 256, "end": 512}
+    state = {**facts, "id": "b", "parent": "a", "kind": "state", "start": 256, "end": 300}
+    for records in ([], [rows], [rows, state], [state]):
+        plot(records, tmp_path / "tree.svg")
+        assert "<svg" in (tmp_path / "tree.svg").read_text()
 
 
 def test_without_matplotlib_the_extra_is_named(folder, capsys, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def plot(records: list[_Record], file: str | os.PathLike[str]) -> None:
         figure.text(0.5, 0.5, "nothing is stored", ha="center")
         figure.savefig(file)
         return
-    colours = ScalarMappable(LogNorm(1, 1 + max(record["hits"] for record in records) or 2), "viridis_r")
+    colours = ScalarMappable(LogNorm(1, max(2, *(1 + record["hits"] for record in records))), "viridis_r")
     panels = figure.subplots(len(spaces), 1, squeeze=False, height_ratios=n_lines)[:, 0]
     for panel, (space, found) in zip(panels, spaces.items(), strict=True):
         _draw(panel, found, places[space], colours)
