@@ -1,6 +1,7 @@
 """mlx-lm's server on a store, in this process: what is found again, and that answers stay what they were."""
 
 import importlib
+import time
 
 import pytest
 
@@ -163,6 +164,54 @@ def test_a_store_that_was_closed_meanwhile_fails_no_request(folder):
         store.close()
         forget(server)
         assert server.ask(words(50)).tokens == first.tokens
+
+
+@both_paths
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "mamba2"])
+def test_damaged_records_are_computed_again(name, alone, folder, tmp_path):
+    model, options = folder(name), options_of(alone)
+    with (
+        mlxrs_py.PromptStore(tmp_path / "store", block_tokens=BLOCK) as store,
+        mlxrs_py.install(store=store),
+        local_server(model, *OPTIONS) as server,
+    ):
+        first = server.ask(chat(), **options)
+    records = [path for path in (tmp_path / "store").rglob("*") if path.is_file() and path.stat().st_size > 600]
+    records = [path for path in records if "index" not in path.name]
+    for path in records:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    assert len(records) > 9
+    with (
+        mlxrs_py.PromptStore(tmp_path / "store", block_tokens=BLOCK) as store,
+        mlxrs_py.install(store=store),
+        local_server(model, *OPTIONS) as server,
+    ):
+        again = server.ask(chat(), **options)
+        forget(server)
+        last = server.ask(chat(), **options)
+    assert again.tokens == first.tokens == last.tokens
+    assert again.n_cached == 0 and last.n_cached == n_tokens(*chat()) - 1
+
+
+@both_paths
+def test_the_limit_of_the_store_holds(alone, folder, tmp_path):
+    limit = 8_000_000
+    with (
+        mlxrs_py.PromptStore(tmp_path / "store", disk_bytes=limit) as store,
+        mlxrs_py.install(store=store),
+        local_server(folder("qwen3"), *OPTIONS) as server,
+    ):
+        for start in range(60):
+            server.ask(words(300, 1000 * start), **options_of(alone))
+            assert store.stats()["disk_bytes"] <= limit
+        while store.stats()["queued_bytes"]:
+            time.sleep(0.01)
+            assert store.stats()["disk_bytes"] <= limit
+        assert store.stats()["disk_records"] > 20
+        # More than fits beside the index: some had to go.
+        assert store.stats()["written_today"] > limit
 
 
 @both_paths

@@ -171,6 +171,8 @@ def _is_worth(n_tokens: int, beyond: int, least: int) -> bool:
 def _logged(what: str) -> Iterator[None]:
     try:
         yield
+    except OSError as error:  # a full disk, say: what it tells is enough
+        _log.warning("Prompt store: %s failed: %s", what, error)
     except Exception:  # whatever it is: the request goes on
         _log.warning("Prompt store: %s failed", what, exc_info=True)
 
