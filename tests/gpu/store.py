@@ -89,7 +89,9 @@ def measure(model: Any, view: Any, n_tokens: int, folder: Path) -> None:
     ours.save_prompt_cache(file, fresh, durable=False)
     del fresh
     text, of_file, _ = timed(lambda: ours.load_prompt_cache(file), RUNS)
-    print(f"{n_tokens:6} tokens: load of one file                           {text}; store takes {of_store / of_file:.2f}")
+    print(
+        f"{n_tokens:6} tokens: load of one file                           {text}; store takes {of_store / of_file:.2f}"
+    )
     file.unlink()
 
     def again_from_nothing() -> mx.array:
@@ -97,7 +99,9 @@ def measure(model: Any, view: Any, n_tokens: int, folder: Path) -> None:
         return mlxrs_py.prefill(model, ids, caches)
 
     text, of_prefill, _ = timed(again_from_nothing, 2)
-    print(f"{n_tokens:6} tokens: prefill again, not storing                 {text}; {of_prefill / of_store:.1f} restores")
+    print(
+        f"{n_tokens:6} tokens: prefill again, not storing                 {text}; {of_prefill / of_store:.1f} restores"
+    )
 
 
 def main() -> None:

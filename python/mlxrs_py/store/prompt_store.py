@@ -148,8 +148,10 @@ class PromptStore:
         return View(self._core, core, make_caches, identity.hex(), self._decisions)
 
     def stats(self) -> dict[str, Any]:
-        """Give numbers: records and bytes on disk and in memory with their limits, what waits to be written, hits and
-        misses of lookups, damaged records, bytes written today, and how often a prefill restored, recomputed or missed.
+        """Give numbers of the store.
+
+        Records and bytes on disk and in memory with their limits, what waits to be written, hits and misses of lookups,
+        damaged records, bytes written today, and how often a prefill restored, recomputed or missed.
         """
         return {**self._core.stats(), "decisions": dict(self._decisions)}
 
@@ -178,7 +180,12 @@ class PromptStore:
         return self._core.pin_id(id, False)
 
     def prune(self, n_bytes: int | None = None) -> int:
-        """Remove what dead processes left, and the least recently used until ``n_bytes`` are left; give what was freed."""
+        """Remove what dead processes left, and the least recently used until ``n_bytes`` are left.
+
+        Returns:
+            The bytes that were freed.
+
+        """
         return self._core.prune(n_bytes)
 
     def verify(self, *, repair: bool = False) -> dict[str, Any]:

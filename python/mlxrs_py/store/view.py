@@ -117,7 +117,11 @@ class View:
         """
         from mlxrs_py.store.prompt_store import Handle
 
-        return Handle(self._core.recorder(0, 0, False).note(tokens, caches, True, keep))
+        return Handle(self.recorder().note(tokens, caches, True, keep))
+
+    def recorder(self) -> _core.StoreRecorder:
+        """Begin to store a prompt that others compute, as it grows; its rows count as computed in any windows."""
+        return self._core.recorder(0, 0, False)
 
     def prefill(
         self,

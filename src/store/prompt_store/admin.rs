@@ -90,9 +90,14 @@ impl PromptStore {
     /// Numbers of the store.
     pub fn stats(&self) -> Stats {
         let shared = &self.shared;
+        // Apart: within one expression the first lock would still be held at the second.
+        let (n_ram, ram_bytes) = {
+            let ram = shared.ram();
+            (ram.len(), ram.n_bytes)
+        };
         let mut stats = Stats {
-            n_ram: shared.ram().len(),
-            ram_bytes: shared.ram().n_bytes,
+            n_ram,
+            ram_bytes,
             ram_limit: shared.ram_bytes,
             queued_bytes: shared.queue.n_bytes(),
             n_hits: shared.n_hits.load(Ordering::Relaxed),
