@@ -2,6 +2,7 @@
 //! it knows neither arrays nor files nor Python.
 
 mod lru;
+pub mod prompt_store;
 mod prompts;
 mod radix;
 
