@@ -9,15 +9,21 @@
 //! - [`find`](PromptStore::find) and [`open_records`](PromptStore::open_records) never fail: whatever is wrong with a
 //!   record, the index or the disk is a miss. A put tells what went wrong by its handle alone.
 
+mod disk;
 mod found;
 mod handle;
 mod key;
+mod manage;
 mod open_record;
 mod options;
+mod queue;
 mod ram;
 mod record;
+mod thin;
 mod walk;
 
+#[doc(hidden)]
+pub use disk::{Step, set_probe};
 pub use found::{DiskState, Found, Listed, RecordInfo, Stats, Tier, Verified};
 pub use handle::{PutHandle, PutReport};
 pub use key::{RecordId, Space};
@@ -26,14 +32,21 @@ pub use options::Options;
 pub use record::{NewRecord, NewTensor, RecordKind, Wanted, checksum};
 
 use crate::error::{Error, Result};
+use disk::Disk;
+use queue::{Job, Shared};
 use ram::Ram;
-use record::Record;
+use record::{Entry, Record};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 use walk::{Chain, Tree};
 
 /// Tokens of a full block, unless the options say otherwise.
 pub const BLOCK_TOKENS: usize = 256;
+/// Environment variable that turns all folders off when it is `off`.
+const SWITCH: &str = "MLXRS_PY_STORE";
+/// How often a question is asked again when records went to the disk meanwhile.
+const TRIES: usize = 3;
 
 /// Prompts of any number of models. Shared between threads as it is; every process opens its own.
 #[derive(Debug)]
@@ -42,15 +55,15 @@ pub struct PromptStore {
     /// The process that opened it: a fork copies neither its thread nor its locks.
     process: u32,
     is_closed: AtomicBool,
-    ram: Mutex<Ram>,
-    rates: Mutex<std::collections::BTreeMap<String, f64>>,
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
     n_hits: AtomicU64,
     n_misses: AtomicU64,
     n_quarantined: AtomicU64,
 }
 
 impl PromptStore {
-    /// Opens a store; its folder is made if it is not there.
+    /// Opens a store; its folder is made if it is not there. `MLXRS_PY_STORE=off` leaves the folder alone.
     ///
     /// # Errors
     /// [`Error::Value`] for options that cannot be, a folder of a newer format, one that others may write to, or one on
@@ -60,12 +73,24 @@ impl PromptStore {
             let got = options.block_tokens;
             return Err(Error::value("open a prompt store", format!("blocks of 2 to {} tokens", 1 << 20), got));
         }
+        let is_off = options.disk_bytes == 0 || std::env::var_os(SWITCH).is_some_and(|switch| switch == "off");
+        let path = options.path.as_ref().filter(|_| !is_off);
+        let disk = path.map(|path| Disk::open(&options, path)).transpose()?;
+        let shared = Arc::new(Shared::new(options.block_tokens, Ram::new(options.ram_bytes), disk.clone()));
+        let thread = disk.filter(|disk| disk.is_writable()).map(|disk| {
+            let shared = Arc::clone(&shared);
+            let run = move || shared.work(&disk);
+            let spawned = thread::Builder::new().name("prompt-store".into()).spawn(run);
+            spawned.map_err(|source| {
+                Error::io("start the writer of", options.path.as_deref().unwrap_or("".as_ref()), source)
+            })
+        });
         Ok(Self {
-            ram: Mutex::new(Ram::new(options.ram_bytes)),
+            thread: Mutex::new(thread.transpose()?),
+            shared,
             options,
             process: std::process::id(),
             is_closed: AtomicBool::new(false),
-            rates: Mutex::default(),
             n_hits: AtomicU64::new(0),
             n_misses: AtomicU64::new(0),
             n_quarantined: AtomicU64::new(0),
@@ -74,7 +99,17 @@ impl PromptStore {
 
     /// Waits until everything that was put is written; the store then takes no more. Done again, it does nothing.
     pub fn close(&self) {
+        if self.process != std::process::id() {
+            return;
+        }
         self.is_closed.store(true, Ordering::Release);
+        self.shared.start_closing();
+        let thread = lock(&self.thread).take();
+        if let Some(thread) = thread {
+            // Its panics are caught, and told by the handles.
+            let _ = thread.join();
+        }
+        self.shared.drop_disk();
     }
 
     /// What is stored for `tokens` in `space`. Reads the index only.
@@ -82,8 +117,7 @@ impl PromptStore {
         if self.check("find").is_err() {
             return Found::default();
         }
-        let ram = SharedRam(&self.ram);
-        let found = walk::find(&[&ram], space, tokens, self.options.block_tokens);
+        let found = self.ask(|trees| walk::find(trees, space, tokens, self.options.block_tokens));
         let is_hit = !found.blocks.is_empty() || found.partial.is_some() || !found.states.is_empty();
         (if is_hit { &self.n_hits } else { &self.n_misses }).fetch_add(1, Ordering::Relaxed);
         found
@@ -97,10 +131,23 @@ impl PromptStore {
         }
         let mut ram = self.ram();
         // The deepest first: what hangs on another is then used before it, and goes before it.
-        let mut opened: Vec<_> = records.iter().rev().map(|record| ram.open(&record.id)).collect();
+        let in_memory = records.iter().rev().map(|record| {
+            let opened = (record.tier == Tier::Ram).then(|| ram.open(&record.id))?;
+            opened.filter(|opened| opened.entry == *record.entry)
+        });
+        let mut opened: Vec<_> = in_memory.map(|record| record.map(OpenRecord::in_memory)).collect();
         drop(ram);
         opened.reverse();
-        opened.into_iter().map(|record| record.map(OpenRecord::in_memory)).collect()
+        if let Some(disk) = self.shared.disk() {
+            // What was in memory when it was found may have been written since.
+            let rest: Vec<_> = records.iter().zip(&opened).filter(|(_, opened)| opened.is_none()).collect();
+            let rest: Vec<_> = rest.into_iter().map(|(record, _)| record).collect();
+            let mut rest = disk.open_records(&rest).into_iter();
+            for place in opened.iter_mut().filter(|place| place.is_none()) {
+                *place = rest.next().flatten();
+            }
+        }
+        opened
     }
 
     /// Which of `wanted`, over `tokens`, are not stored yet, or stored with less.
@@ -108,35 +155,59 @@ impl PromptStore {
         if self.check("missing").is_err() {
             return vec![false; wanted.len()];
         }
-        walk::missing(&[&SharedRam(&self.ram)], space, tokens, self.options.block_tokens, wanted)
+        self.ask(|trees| walk::missing(trees, space, tokens, self.options.block_tokens, wanted))
     }
 
     /// Takes records over `tokens`. [`find`](Self::find) sees them from now on; they are written in the background.
     /// Waits while more than `ram_bytes` wait to be written.
     pub fn put(&self, space: &Space, tokens: &[u32], records: Vec<NewRecord>) -> PutHandle {
-        PutHandle::finished(self.try_put(space, tokens, records))
+        self.try_put(space, tokens, records).unwrap_or_else(|error| PutHandle::finished(Err(error)))
     }
 
-    fn try_put(&self, space: &Space, tokens: &[u32], records: Vec<NewRecord>) -> Result<PutReport> {
+    fn try_put(&self, space: &Space, tokens: &[u32], records: Vec<NewRecord>) -> Result<PutHandle> {
         self.check("put")?;
         let block = self.options.block_tokens;
         let mut chain = Chain::new(space, tokens, block);
         let chain = chain.all();
         let records = records.into_iter().map(|new| Record::new(new, space, tokens, chain, block).map(Arc::new));
-        let records = records.collect::<Result<Vec<_>>>()?;
+        let mut records = records.collect::<Result<Vec<_>>>()?;
+        // What others hang on comes first.
+        records.sort_by_key(|record| (record.entry.kind, record.entry.start));
+        if !self.shared.disk().is_some_and(|disk| disk.is_writable()) {
+            return Ok(PutHandle::finished(Ok(self.put_in_memory(space, tokens, records))));
+        }
+        let n_bytes: u64 = records.iter().map(|record| record.size()).sum();
+        self.shared.enter(n_bytes, self.options.ram_bytes)?;
+        let mut ram = self.ram();
+        // What is in memory may not be written yet, or may never have been: it is looked after with the rest.
+        let take = |record: Arc<Record>| ram.insert(Arc::clone(&record), true).unwrap_or(record);
+        let records: Vec<_> = records.into_iter().map(take).collect();
+        drop(ram);
+        let handle = PutHandle::default();
+        let job = Job { space: *space, tokens: tokens.to_vec(), records, n_bytes, handle: handle.clone() };
+        self.shared.hand_over(job);
+        Ok(handle)
+    }
+
+    fn put_in_memory(&self, space: &Space, tokens: &[u32], records: Vec<Arc<Record>>) -> PutReport {
         let mut report = PutReport::default();
+        let has_states = records.iter().any(|record| record.entry.kind == RecordKind::State);
         let mut ram = self.ram();
         for record in records {
             let size = record.size();
-            if ram.insert(record, false) {
+            if ram.insert(record, false).is_some() {
+                report.n_present += 1;
+            } else {
                 report.n_written += 1;
                 report.n_bytes += size;
-            } else {
-                report.n_present += 1;
             }
         }
+        if has_states {
+            let states = walk::find(&[&*ram], space, tokens, self.options.block_tokens).states;
+            ram.thin(&states);
+        }
         report.n_in_memory = report.n_written;
-        Ok(report)
+        report
     }
 
     /// Puts a record aside that turned out wrong, with all that hangs on it.
@@ -144,124 +215,79 @@ impl PromptStore {
         if self.check("quarantine").is_err() {
             return;
         }
-        tracing::warn!(record = %record.id, reason, "a record is put aside");
-        self.ram().remove_tree(&record.id);
-        self.n_quarantined.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Counts.
-    pub fn stats(&self) -> Stats {
-        let ram = self.ram();
-        Stats {
-            ram_records: ram.len(),
-            ram_bytes: ram.n_bytes(),
-            ram_limit: self.options.ram_bytes,
-            write_limit: self.options.write_bytes_per_day,
-            n_pinned: ram.n_pinned(),
-            n_hits: self.n_hits.load(Ordering::Relaxed),
-            n_misses: self.n_misses.load(Ordering::Relaxed),
-            n_evicted: ram.n_evicted(),
-            n_quarantined: self.n_quarantined.load(Ordering::Relaxed),
-            ..Stats::default()
+        tracing::warn!(record = %record.id, reason, "a record is taken out");
+        if self.ram().remove_tree(&record.id) > 0 {
+            self.n_quarantined.fetch_add(1, Ordering::Relaxed);
         }
-    }
-
-    /// All records, blocks before what hangs on them.
-    pub fn list(&self) -> Vec<Listed> {
-        let mut listed = self.ram().list();
-        listed.sort_by(|a, b| {
-            let key = |listed: &Listed| (listed.record.start, listed.record.end, listed.record.id);
-            (a.record.space(), key(a)).cmp(&(b.record.space(), key(b)))
-        });
-        listed
-    }
-
-    /// Keeps all records that `tokens` start with from eviction; gives the number of those that were not pinned yet.
-    ///
-    /// # Errors
-    /// [`Error::Order`] for a store that is closed; [`Error::Io`] if the index refuses.
-    pub fn pin(&self, space: &Space, tokens: &[u32]) -> Result<usize> {
-        self.set_pinned("pin", space, tokens, true)
-    }
-
-    /// Undoes [`pin`](Self::pin).
-    ///
-    /// # Errors
-    /// As [`pin`](Self::pin).
-    pub fn unpin(&self, space: &Space, tokens: &[u32]) -> Result<usize> {
-        self.set_pinned("unpin", space, tokens, false)
-    }
-
-    fn set_pinned(&self, op: &'static str, space: &Space, tokens: &[u32], is_pinned: bool) -> Result<usize> {
-        self.check(op)?;
-        let found = walk::find(&[&SharedRam(&self.ram)], space, tokens, self.options.block_tokens);
-        let partial = found.partial.filter(|partial| partial.n_common == partial.end - partial.start);
-        let mut ram = self.ram();
-        let records = found.blocks.iter().chain(&partial).chain(&found.states);
-        Ok(records.filter(|record| ram.set_pinned(&record.id, is_pinned)).count())
-    }
-
-    /// Evicts down to `target_bytes`, or to the limits; gives the bytes that were freed.
-    ///
-    /// # Errors
-    /// As [`pin`](Self::pin).
-    pub fn prune(&self, target_bytes: Option<u64>) -> Result<u64> {
-        self.check("prune")?;
-        Ok(self.ram().evict(target_bytes.unwrap_or(self.options.ram_bytes)))
-    }
-
-    /// Reads every byte of every record and every row of the index; `repair` puts aside what is wrong and builds the
-    /// index anew if it is.
-    ///
-    /// # Errors
-    /// As [`pin`](Self::pin). What is wrong with records and index is no error.
-    pub fn verify(&self, repair: bool) -> Result<Verified> {
-        self.check("verify")?;
-        let ram = self.ram();
-        Ok(Verified {
-            n_checked: ram.len() as u64,
-            n_bytes: ram.n_bytes(),
-            faults: Vec::new(),
-            is_repaired: repair && false,
-        })
-    }
-
-    /// Removes everything, what is pinned too.
-    ///
-    /// # Errors
-    /// As [`pin`](Self::pin).
-    pub fn clear(&self) -> Result<()> {
-        self.check("clear")?;
-        self.ram().clear();
-        Ok(())
+        if let Some(disk) = self.shared.disk() {
+            disk.quarantine(record, reason);
+        }
     }
 
     /// The average noted under `name`.
     pub fn rate(&self, name: &str) -> Option<f64> {
-        lock(&self.rates).get(name).copied()
+        lock(&self.shared.rates).get(name).copied()
     }
 
     /// Notes a measurement: averages forget the older ones step by step.
     pub fn note_rate(&self, name: &str, value: f64) {
-        if value.is_finite() {
-            lock(&self.rates).entry(name.to_owned()).and_modify(|rate| *rate += 0.2 * (value - *rate)).or_insert(value);
+        if value.is_finite() && self.check("note_rate").is_ok() {
+            let mut rates = lock(&self.shared.rates);
+            rates.entry(name.to_owned()).and_modify(|rate| *rate += 0.2 * (value - *rate)).or_insert(value);
+            drop(rates);
+            lock(&self.shared.new_rates).insert(name.to_owned());
+        }
+    }
+
+    /// Calls `ask` with all tiers as trees; again if records went from one to the other meanwhile.
+    fn ask<T>(&self, ask: impl Fn(&[&dyn Tree]) -> T) -> T {
+        let ram = SharedRam(&self.shared.ram);
+        let Some(disk) = self.shared.disk() else { return ask(&[&ram]) };
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let n_written = self.ram().n_written();
+            let answer = disk.ask(|tree| ask(&[&ram, tree])).unwrap_or_else(|| ask(&[&ram]));
+            if self.ram().n_written() == n_written || tries == TRIES {
+                if disk.is_damaged() {
+                    self.shared.wake();
+                }
+                return answer;
+            }
         }
     }
 
     fn ram(&self) -> MutexGuard<'_, Ram> {
-        lock(&self.ram)
+        lock(&self.shared.ram)
     }
 
     fn check(&self, op: &'static str) -> Result<()> {
-        let order = |expected: &str, got: &str| Err(Error::Order { op, expected: expected.into(), got: got.into() });
         if self.process != std::process::id() {
-            return order("the process that opened the store", "a fork of it; open the store there, or use `spawn`");
+            let expected = "the process that opened the store".into();
+            return Err(Error::Order {
+                op,
+                expected,
+                got: "a fork of it: open the store there, or use `spawn`".into(),
+            });
         }
-        if self.is_closed.load(Ordering::Acquire) {
-            return order("an open store", "one that is closed");
-        }
-        Ok(())
+        if self.is_closed.load(Ordering::Acquire) { Err(closed(op)) } else { Ok(()) }
     }
+}
+
+impl Drop for PromptStore {
+    fn drop(&mut self) {
+        if self.process == std::process::id() {
+            self.close();
+        } else {
+            // Nothing of the parent's may be closed, unlocked or waited for here.
+            std::mem::forget(Arc::clone(&self.shared));
+            std::mem::forget(lock(&self.thread).take());
+        }
+    }
+}
+
+fn closed(op: &'static str) -> Error {
+    Error::Order { op, expected: "an open store".into(), got: "one that is closed".into() }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -276,15 +302,15 @@ impl Tree for SharedRam<'_> {
         Tier::Ram
     }
 
-    fn get(&self, id: &RecordId) -> Option<Arc<record::Entry>> {
+    fn get(&self, id: &RecordId) -> Option<Arc<Entry>> {
         lock(self.0).get(id)
     }
 
-    fn at_or_before(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<record::Entry>> {
+    fn at_or_before(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>> {
         lock(self.0).at_or_before(parent, kind, tokens)
     }
 
-    fn after(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<record::Entry>> {
+    fn after(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>> {
         lock(self.0).after(parent, kind, tokens)
     }
 

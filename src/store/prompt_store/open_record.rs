@@ -1,5 +1,6 @@
 //! A record that can be read.
 
+use super::disk::FileSource;
 use super::record::Record;
 use crate::array::Dtype;
 use crate::error::{Error, Result};
@@ -37,6 +38,7 @@ pub struct OpenRecord {
 #[derive(Debug)]
 enum Source {
     Ram(Arc<Record>),
+    File(FileSource),
 }
 
 impl OpenRecord {
@@ -49,6 +51,10 @@ impl OpenRecord {
         Self { layout: record.layout.clone(), tensors: tensors.collect(), source: Source::Ram(record) }
     }
 
+    pub(super) fn in_file(layout: String, tensors: BTreeMap<String, RecordTensor>, source: FileSource) -> Self {
+        Self { layout, tensors, source: Source::File(source) }
+    }
+
     /// Fills `buffer` with the bytes from `at` on. Several threads may read at once.
     ///
     /// # Errors
@@ -57,25 +63,34 @@ impl OpenRecord {
     pub fn read_at(&self, buffer: &mut [MaybeUninit<u8>], at: u64) -> Result<()> {
         match &self.source {
             Source::Ram(record) => copy(record, buffer, at),
+            Source::File(file) => file.read_at(buffer, at),
         }
     }
 
-    /// As [`read_at`](Self::read_at), into a new vector.
+    /// As [`read_at`](Self::read_at), into bytes that hold something already.
+    ///
+    /// # Errors
+    /// As [`read_at`](Self::read_at).
+    pub fn read_into(&self, buffer: &mut [u8], at: u64) -> Result<()> {
+        match &self.source {
+            Source::Ram(record) => copy(record, buffer, at),
+            Source::File(file) => file.read_into(buffer, at),
+        }
+    }
+
+    /// All bytes of `tensor`.
     ///
     /// # Errors
     /// As [`read_at`](Self::read_at).
     pub fn read(&self, tensor: &RecordTensor) -> Result<Vec<u8>> {
-        match &self.source {
-            Source::Ram(_) => {
-                let bytes = self.bytes(tensor.start..tensor.start + tensor.n_bytes);
-                bytes.map(<[u8]>::to_vec).ok_or_else(|| too_short(tensor.n_bytes as usize, tensor.start))
-            }
-        }
+        let mut bytes = vec![0; tensor.n_bytes as usize];
+        self.read_into(&mut bytes, tensor.start)?;
+        Ok(bytes)
     }
 
     /// The bytes of `range` where they lie in memory, if they do and belong to one tensor.
     pub fn bytes(&self, range: Range<u64>) -> Option<&[u8]> {
-        let Source::Ram(record) = &self.source;
+        let Source::Ram(record) = &self.source else { return None };
         record.tensors.iter().find_map(|tensor| {
             let start = usize::try_from(range.start.checked_sub(tensor.start)?).ok()?;
             let end = usize::try_from(range.end.checked_sub(tensor.start)?).ok()?;
@@ -84,15 +99,32 @@ impl OpenRecord {
     }
 }
 
+/// A byte that can be filled.
+trait Place {
+    fn fill(&mut self, byte: u8);
+}
+
+impl Place for u8 {
+    fn fill(&mut self, byte: u8) {
+        *self = byte;
+    }
+}
+
+impl Place for MaybeUninit<u8> {
+    fn fill(&mut self, byte: u8) {
+        self.write(byte);
+    }
+}
+
 /// Fills `buffer` with the bytes of `record` from `at` on.
-fn copy(record: &Record, mut buffer: &mut [MaybeUninit<u8>], mut at: u64) -> Result<()> {
+fn copy<P: Place>(record: &Record, mut buffer: &mut [P], mut at: u64) -> Result<()> {
     for tensor in &record.tensors {
         let Some(skipped) = at.checked_sub(tensor.start) else { continue };
         let Some(bytes) = tensor.bytes.get(skipped as usize..).filter(|bytes| !bytes.is_empty()) else { continue };
         let n_bytes = bytes.len().min(buffer.len());
         let (filled, rest) = buffer.split_at_mut(n_bytes);
         for (place, byte) in filled.iter_mut().zip(bytes) {
-            place.write(*byte);
+            place.fill(*byte);
         }
         buffer = rest;
         at += n_bytes as u64;

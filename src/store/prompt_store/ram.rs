@@ -3,6 +3,7 @@
 use super::found::{Listed, RecordInfo, Tier};
 use super::key::{RecordId, Space};
 use super::record::{Entry, Record, RecordKind, replaces};
+use super::thin::{self, Checkpoint};
 use super::walk::{Tree, prefixes};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -21,8 +22,8 @@ pub(super) struct Ram {
     n_states: HashMap<Space, usize>,
     n_bytes: u64,
     turn: u64,
-    /// Records that went since the beginning: who walked meanwhile may have missed them here and on the disk.
-    n_gone: u64,
+    /// Records that went to the disk: who walked meanwhile may have missed them both here and there.
+    n_written: u64,
     n_evicted: u64,
 }
 
@@ -47,7 +48,7 @@ impl Ram {
             n_states: HashMap::new(),
             n_bytes: 0,
             turn: 0,
-            n_gone: 0,
+            n_written: 0,
             n_evicted: 0,
         }
     }
@@ -60,8 +61,8 @@ impl Ram {
         self.n_bytes
     }
 
-    pub const fn n_gone(&self) -> u64 {
-        self.n_gone
+    pub const fn n_written(&self) -> u64 {
+        self.n_written
     }
 
     pub const fn n_evicted(&self) -> u64 {
@@ -72,18 +73,18 @@ impl Ram {
         self.slots.values().filter(|slot| slot.is_pinned).count() as u64
     }
 
-    /// Takes a record, unless one at least as good is there; whether it was taken. Tails that it makes needless go.
-    pub fn insert(&mut self, record: Arc<Record>, is_queued: bool) -> bool {
+    /// Takes a record, unless what is there already has all of it: then that is given. Tails that it makes needless go.
+    pub fn insert(&mut self, record: Arc<Record>, is_queued: bool) -> Option<Arc<Record>> {
         let entry = &record.entry;
         let id = entry.id;
-        let mut old = (0, false);
-        if let Some(slot) = self.slots.get(&id) {
-            if !replaces((entry.grid, entry.complete_from), (slot.entry.grid, slot.entry.complete_from)) {
-                return false;
+        if let Some(present) = self.present(entry) {
+            if let Some(slot) = self.slots.get_mut(&present) {
+                slot.is_queued |= is_queued;
+                return Some(Arc::clone(&slot.record));
             }
-            old = (slot.hits, slot.is_pinned);
-            self.remove(&id);
         }
+        let old = self.slots.get(&id).map_or((0, false), |slot| (slot.hits, slot.is_pinned));
+        self.remove(&id);
         if entry.kind == RecordKind::Rows {
             self.supersede(entry);
         }
@@ -101,7 +102,21 @@ impl Ram {
         self.slots.insert(id, slot);
         self.settle(id);
         self.evict(self.limit);
-        true
+        None
+    }
+
+    /// The record that has all that `new` has: one of its name, or one that goes on where it ends.
+    fn present(&self, new: &Entry) -> Option<RecordId> {
+        let serves = |entry: &Entry| !replaces((new.grid, new.complete_from), (entry.grid, entry.complete_from));
+        if let Some(slot) = self.slots.get(&new.id) {
+            return serves(&slot.entry).then_some(new.id);
+        }
+        if new.kind != RecordKind::Rows {
+            return None;
+        }
+        let longer = self.after(&new.parent, RecordKind::Rows, &new.tokens)?;
+        let goes_on = longer.tokens.starts_with(&new.tokens) && is_needless(new, &longer) && serves(&longer);
+        goes_on.then_some(longer.id)
     }
 
     fn supersede(&mut self, new: &Entry) {
@@ -133,11 +148,15 @@ impl Ram {
     }
 
     /// The record has been written, or could not be: it no longer waits.
-    pub fn release(&mut self, id: &RecordId, is_written: bool) {
+    pub fn release(&mut self, record: &Arc<Record>, is_written: bool) {
+        let id = record.entry.id;
+        // A better one may have taken its place, which waits itself.
+        let Some(slot) = self.slots.get_mut(&id).filter(|slot| Arc::ptr_eq(&slot.record, record)) else { return };
+        slot.is_queued = false;
         if is_written {
-            self.remove(id);
-        } else if let Some(slot) = self.slots.get_mut(id) {
-            slot.is_queued = false;
+            self.n_written += 1;
+            self.remove(&id);
+        } else {
             self.evict(self.limit);
         }
     }
@@ -146,10 +165,6 @@ impl Ram {
     pub fn set_pinned(&mut self, id: &RecordId, is_pinned: bool) -> bool {
         let slot = self.slots.get_mut(id);
         slot.is_some_and(|slot| std::mem::replace(&mut slot.is_pinned, is_pinned) != is_pinned)
-    }
-
-    pub fn is_pinned(&self, id: &RecordId) -> bool {
-        self.slots.get(id).is_some_and(|slot| slot.is_pinned)
     }
 
     /// Evicts until at most `target` bytes are left, as far as it may; gives the bytes that went.
@@ -201,9 +216,19 @@ impl Ram {
         listed.collect()
     }
 
-    /// The states of the branch that ends at the states `ids`, with what thinning asks for.
-    pub fn hits(&self, id: &RecordId) -> u64 {
-        self.slots.get(id).map_or(0, |slot| slot.hits)
+    /// Drops those of `states`, the deepest first, that thinning does not keep.
+    pub fn thin(&mut self, states: &[RecordInfo]) {
+        let slots = states.iter().filter_map(|state| self.slots.get(&state.id));
+        let known: Vec<_> = slots
+            .map(|slot| {
+                let must_stay = slot.entry.keep || slot.is_pinned || slot.is_queued || slot.hits > 0;
+                (Checkpoint { end: slot.entry.end(), must_stay }, slot.entry.id)
+            })
+            .collect();
+        let checkpoints: Vec<_> = known.iter().map(|(checkpoint, _)| *checkpoint).collect();
+        for at in thin::dropped(&checkpoints) {
+            self.remove(&known[at].1);
+        }
     }
 
     /// Takes one record out, whatever hangs on it.
@@ -212,7 +237,6 @@ impl Ram {
         self.leaves.remove(&(slot.turn, *id));
         self.places.remove(&place(&slot.entry));
         self.n_bytes -= slot.record.size();
-        self.n_gone += 1;
         if slot.entry.kind == RecordKind::State
             && let Some(n_states) = self.n_states.get_mut(&slot.entry.space)
         {

@@ -87,6 +87,8 @@ pub(super) struct Entry {
     pub keep: bool,
     /// Bytes of the tensors.
     pub n_bytes: u64,
+    /// Tells its file from others of the same name; 0 in memory.
+    pub nonce: u64,
 }
 
 impl Entry {
@@ -182,7 +184,7 @@ impl Record {
         let (parent, tokens) = (chain[start / block], tokens[start..end].to_vec());
         let id = name(&parent, kind, &tokens);
         let space = *space;
-        let entry = Entry { id, parent, space, kind, start, tokens, grid, complete_from, keep, n_bytes };
+        let entry = Entry { id, parent, space, kind, start, tokens, grid, complete_from, keep, n_bytes, nonce: 0 };
         Ok(Self { entry, layout, tensors })
     }
 }

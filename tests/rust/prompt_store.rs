@@ -1,0 +1,4 @@
+//! The prompt store: what was put comes back with its very bytes, or not at all.
+
+mod basics;
+mod common;
