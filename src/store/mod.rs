@@ -1,5 +1,6 @@
-//! L5: many prompts in one place: which tokens were stored, what is nearest to a query, which entry goes next. Pure:
-//! it knows neither arrays nor files nor Python.
+//! L5: many prompts in one place. [`Radix`], [`Lru`] and [`Prompts`] are pure: which tokens were stored, what is nearest to a
+//! query, which entry goes next. [`prompt_store`] keeps bytes by tokens, in memory and in a folder that processes share.
+//! Nothing here knows arrays or Python.
 
 mod lru;
 pub mod prompt_store;

@@ -138,7 +138,7 @@ impl Shared {
             let is_last = state.is_closing && job.is_none() && state.n_jobs == 0;
             drop(state);
             if let Some(job) = job {
-                self.write(disk, job);
+                self.write(disk, &job);
             }
             let is_due = swept.elapsed() > SWEEP;
             if is_due {
@@ -153,8 +153,8 @@ impl Shared {
     }
 
     /// Writes a job and tells what became of it, whatever happens.
-    fn write(&self, disk: &Arc<Disk>, job: Job) {
-        let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.try_write(disk, &job)));
+    fn write(&self, disk: &Arc<Disk>, job: &Job) {
+        let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.try_write(disk, job)));
         let outcome = written.unwrap_or_else(|_| {
             Err(Error::Order { op: "put", expected: "a put that works".into(), got: "a panic of the writer".into() })
         });

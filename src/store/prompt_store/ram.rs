@@ -77,11 +77,9 @@ impl Ram {
     pub fn insert(&mut self, record: Arc<Record>, is_queued: bool) -> Option<Arc<Record>> {
         let entry = &record.entry;
         let id = entry.id;
-        if let Some(present) = self.present(entry) {
-            if let Some(slot) = self.slots.get_mut(&present) {
-                slot.is_queued |= is_queued;
-                return Some(Arc::clone(&slot.record));
-            }
+        if let Some(slot) = self.present(entry).and_then(|id| self.slots.get_mut(&id)) {
+            slot.is_queued |= is_queued;
+            return Some(Arc::clone(&slot.record));
         }
         let old = self.slots.get(&id).map_or((0, false), |slot| (slot.hits, slot.is_pinned));
         self.remove(&id);

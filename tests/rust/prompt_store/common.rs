@@ -2,9 +2,13 @@
 
 use mlxrs_py::array::Dtype;
 use mlxrs_py::store::prompt_store::{
-    Found, NewRecord, NewTensor, OpenRecord, Options, PromptStore, RecordInfo, RecordKind, Space, checksum,
+    Found, NewRecord, NewTensor, OpenRecord, Options, PromptStore, RecordInfo, RecordKind, Space, Step, checksum,
+    set_probe,
 };
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
 /// Tokens of a block in these tests.
@@ -101,8 +105,18 @@ pub fn all(found: &Found) -> Vec<RecordInfo> {
     found.blocks.iter().chain(&found.partial).chain(&found.states).cloned().collect()
 }
 
-/// Finds, opens and reads as a restore does: gives the number of tokens whose rows came back, and the deepest state.
+/// Finds, opens and reads as a restore does: gives the number of tokens whose rows came back, and the deepest state. What is
+/// damaged is put aside, and asked for again: what it hid is then found.
 pub fn restore(store: &PromptStore, space: &Space, tokens: &[u32]) -> (usize, usize) {
+    loop {
+        if let Some(found) = try_restore(store, space, tokens) {
+            return found;
+        }
+    }
+}
+
+/// None if something was damaged.
+fn try_restore(store: &PromptStore, space: &Space, tokens: &[u32]) -> Option<(usize, usize)> {
     let found = store.find(space, tokens);
     for (at, block) in found.blocks.iter().enumerate() {
         assert_eq!((block.start, block.end, block.n_common), (at * BLOCK, (at + 1) * BLOCK, BLOCK));
@@ -114,23 +128,23 @@ pub fn restore(store: &PromptStore, space: &Space, tokens: &[u32]) -> (usize, us
     let records = all(&found);
     let opened = store.open_records(&records);
     assert_eq!(opened.len(), records.len());
-    let (mut n, mut is_whole, mut deepest) = (0, true, 0);
+    let (mut n, mut is_damaged, mut deepest) = (0, false, 0);
     for (info, open) in records.iter().zip(&opened) {
         let is_good = open.as_ref().is_some_and(|open| check(space, tokens, info, open));
         if !is_good {
             if open.is_some() {
                 store.quarantine(info, "damaged bytes");
             }
-            is_whole &= info.kind == RecordKind::State;
+            is_damaged = true;
         } else if info.kind == RecordKind::State {
             deepest = deepest.max(info.end);
-        } else if is_whole {
+        } else if !is_damaged {
             assert_eq!(info.start, n, "a gap");
             assert_eq!(&info.tokens()[..info.n_common], &tokens[n..n + info.n_common], "a wrong hit");
             n += info.n_common;
         }
     }
-    (n, deepest)
+    (!is_damaged).then_some((n, deepest))
 }
 
 /// Bytes that a folder takes.
@@ -146,4 +160,58 @@ pub fn folder_size(path: &Path) -> u64 {
 /// A sequence of tokens, of which the first ones are shared by all with the same `branch` down to there.
 pub fn tokens(branches: &[(u32, usize)]) -> Vec<u32> {
     branches.iter().flat_map(|&(branch, n)| (0..n as u32).map(move |at| branch * 1000 + at)).collect()
+}
+
+/// A step at which the store in a folder is to fail: after how many passes, and with which error.
+type Plan = (Step, u32, i32);
+
+static PLANS: Mutex<BTreeMap<PathBuf, Plan>> = Mutex::new(BTreeMap::new());
+
+fn fail_as_planned(step: Step, root: &Path) -> io::Result<()> {
+    let mut plans = PLANS.lock().unwrap();
+    let Some((planned, passes, errno)) = plans.get_mut(root) else { return Ok(()) };
+    if *planned != step {
+        return Ok(());
+    }
+    if *passes > 0 {
+        *passes -= 1;
+        return Ok(());
+    }
+    Err(io::Error::from_raw_os_error(*errno))
+}
+
+/// Makes the store in `root` fail at a step, from the pass after `passes` on; None: no more.
+pub fn plan(root: &Path, plan: Option<Plan>) {
+    let _ = set_probe(fail_as_planned);
+    let root = root.canonicalize().unwrap();
+    let mut plans = PLANS.lock().unwrap();
+    match plan {
+        Some(plan) => drop(plans.insert(root, plan)),
+        None => drop(plans.remove(&root)),
+    }
+}
+
+/// Splitmix64: small, and the same on every machine.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
+        &from[self.below(from.len())]
+    }
+}
+
+pub fn env_number(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }

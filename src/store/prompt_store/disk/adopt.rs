@@ -2,7 +2,7 @@
 //! lost or damaged is built anew.
 
 use super::file;
-use super::index::{self, Index, Inode, hold, open_lock};
+use super::index::{self, Damage, Index, hold, open_lock};
 use super::query;
 use super::room;
 use super::row::{self, Row};
@@ -42,7 +42,7 @@ impl Disk {
                 .collect::<rusqlite::Result<_>>()?;
             let n_records = query::sum(index, "SELECT count(*) FROM records NOT INDEXED")?;
             // The two tables are always changed together.
-            if n_records != rows.len() as u64 { Err(query::damaged()) } else { Ok(rows) }
+            if n_records == rows.len() as u64 { Ok(rows) } else { Err(query::damaged()) }
         };
         let rows = lock(&self.writer).read(known)?;
         let mut files = BTreeSet::new();
@@ -125,13 +125,13 @@ impl Disk {
     ///
     /// # Errors
     /// [`Error::Io`] if the disk refuses.
-    pub(super) fn rebuild(&self, damaged: Option<Inode>) -> Result<()> {
+    pub(super) fn rebuild(&self, damaged: Damage) -> Result<()> {
         // Most of the work is done while others may still write.
         let mut known: BTreeMap<String, Result<Orphan, String>> = BTreeMap::new();
         self.read_orphans(&mut known)?;
         let lock_file = open_lock(&self.folder)?;
         hold(&lock_file, FlockOperation::LockExclusive, &self.folder)?;
-        if self.folder.index_inode() != damaged {
+        if self.folder.index_inode() != damaged.inode() {
             return Ok(());
         }
         self.read_orphans(&mut known)?;

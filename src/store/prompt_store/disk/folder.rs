@@ -191,7 +191,7 @@ pub fn files_size(folder: &Path) -> u64 {
 /// Whether `path` lies on another machine's disk, or may: locks and shared memory are not to be trusted there.
 #[cfg(target_os = "linux")]
 fn is_remote(path: &Path) -> io::Result<bool> {
-    /// NFS, SMB, SMB 2, CIFS, FUSE (most are remote), 9P, AFS, kAFS, Ceph, Coda, NCP, Lustre, GPFS, BeeGFS, OCFS2, GFS2.
+    /// NFS, SMB, SMB 2, CIFS, FUSE (most are remote), 9P, AFS, kAFS, Ceph, Coda, NCP, Lustre, GPFS, `BeeGFS`, OCFS2, GFS2.
     const REMOTE: [u32; 16] = [
         0x6969,
         0x517b,

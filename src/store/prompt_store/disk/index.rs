@@ -1,4 +1,4 @@
-//! The index: an SQLite database that can be lost at any time, since the records say all that matters in it.
+//! The index: an `SQLite` database that can be lost at any time, since the records say all that matters in it.
 //!
 //! A new one takes the old one's name while others may have that one open. So every transaction first looks whether the
 //! name still is the file it has open, and those that write hold a shared lock on `index.lock`, which whoever puts a new
@@ -45,6 +45,25 @@ CREATE TABLE rates(name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
 /// Tables and indices of the schema.
 pub const N_OBJECTS: u64 = 12;
 
+/// Why an index must be built anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Damage {
+    /// There is none.
+    Lost,
+    /// This one is not as it was written.
+    Of(Inode),
+}
+
+impl Damage {
+    /// The file that is to be replaced, if there is one.
+    pub const fn inode(self) -> Option<Inode> {
+        match self {
+            Self::Lost => None,
+            Self::Of(inode) => Some(inode),
+        }
+    }
+}
+
 /// A connection to the index that stands at its name.
 #[derive(Debug)]
 pub struct Index {
@@ -52,8 +71,8 @@ pub struct Index {
     read_only: bool,
     lock: Option<File>,
     open: Option<(Connection, Inode)>,
-    /// The index that turned out damaged, or that none was there.
-    pub damage: Option<Option<Inode>>,
+    /// What turned out wrong with it.
+    pub damage: Option<Damage>,
 }
 
 impl Index {
@@ -162,13 +181,13 @@ impl Index {
     }
 
     fn lost(&mut self) -> Error {
-        self.damage = Some(None);
+        self.damage = Some(Damage::Lost);
         Error::io("open", &self.folder.index(), io::ErrorKind::NotFound.into())
     }
 
     fn error(&mut self, op: &'static str, inode: Inode, error: &rusqlite::Error) -> Error {
         if is_damage(error) {
-            self.damage = Some(Some(inode));
+            self.damage = Some(Damage::Of(inode));
         }
         Error::io(op, &self.folder.index(), system_error(error))
     }
@@ -239,7 +258,7 @@ pub fn create(path: &Path, fill: impl FnOnce(&Transaction<'_>) -> rusqlite::Resu
 /// Whether `error` means that the index is not as it was written. What the disk or others cause is none.
 pub fn is_damage(error: &rusqlite::Error) -> bool {
     /// A file that is shorter than it says.
-    const SHORT_READ: i32 = 10 | 2 << 8;
+    const SHORT_READ: i32 = 0x0a | 2 << 8;
     match error {
         rusqlite::Error::SqliteFailure(failure, _) => {
             failure.extended_code == SHORT_READ
@@ -261,7 +280,7 @@ pub fn is_damage(error: &rusqlite::Error) -> bool {
     }
 }
 
-/// The system's error that says what SQLite's does.
+/// The system's error that says what `SQLite`'s does.
 pub fn system_error(error: &rusqlite::Error) -> io::Error {
     let code = error.sqlite_error_code();
     let errno = match code {

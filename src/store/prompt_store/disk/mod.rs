@@ -31,7 +31,7 @@ use super::thin::{self, Checkpoint};
 use super::walk::Tree;
 use crate::error::{Error, Result};
 use folder::Folder;
-use index::Index;
+use index::{Damage, Index};
 use owner::Owner;
 use query::Snapshot;
 use room::Limits;
@@ -118,7 +118,7 @@ impl Disk {
         if let Err(error) = checked {
             let Some(damaged) = lock(&self.writer).damage.take() else { return Err(error) };
             self.rebuild(damaged)?;
-            self.counts.n_rebuilds.fetch_add(u64::from(damaged.is_some()), Ordering::Relaxed);
+            self.counts.n_rebuilds.fetch_add(u64::from(damaged != Damage::Lost), Ordering::Relaxed);
         }
         self.sweep();
         let reconciled = self.reconcile().and_then(|()| self.shrink(self.limits.usable(), false));

@@ -1,6 +1,7 @@
 //! Fault points: every step of a write passes here first, so that tests can watch it, fail it or die in it.
 
 use std::io;
+use std::path::Path;
 use std::sync::OnceLock;
 
 /// The steps of a write, in their order.
@@ -25,11 +26,12 @@ pub enum Step {
     Index,
 }
 
-type Probe = fn(Step) -> io::Result<()>;
+type Probe = fn(Step, &Path) -> io::Result<()>;
 
 static PROBE: OnceLock<Probe> = OnceLock::new();
 
-/// Calls `probe` before each step of every write of a prompt store in this process; an error of its fails that step.
+/// Calls `probe`, with the store's folder, before each step of every write of a prompt store in this process; an error of
+/// its fails that step.
 ///
 /// For tests. The first probe stays: a later call changes nothing and returns `false`.
 #[must_use]
@@ -37,7 +39,7 @@ pub fn set_probe(probe: Probe) -> bool {
     PROBE.set(probe).is_ok()
 }
 
-/// Passes the fault point of `step`.
-pub(super) fn reach(step: Step) -> io::Result<()> {
-    PROBE.get().map_or(Ok(()), |probe| probe(step))
+/// Passes the fault point of `step` in the store at `root`.
+pub(super) fn reach(step: Step, root: &Path) -> io::Result<()> {
+    PROBE.get().map_or(Ok(()), |probe| probe(step, root))
 }

@@ -77,7 +77,7 @@ impl Tree for Snapshot<'_> {
 
 /// The row that `sql` asks for as slot, tokens, body. One that is damaged is an error.
 pub fn row(connection: &Connection, sql: &str, params: impl Params) -> rusqlite::Result<Option<Row>> {
-    connection.prepare_cached(sql)?.query_row(params, |row| unpack(row)).optional()
+    connection.prepare_cached(sql)?.query_row(params, unpack).optional()
 }
 
 /// The row in `slot`.

@@ -160,7 +160,7 @@ impl Disk {
     fn open_record(&self, record: &RecordInfo, lease: Option<&Arc<Lease>>) -> Result<OpenRecord, Miss> {
         let mut nonce = record.entry.nonce;
         let mut opened = (nonce != 0).then(|| self.open_file(&record.id, nonce));
-        if opened.as_ref().is_none_or(|opened| is_missing(opened)) {
+        if opened.as_ref().is_none_or(is_missing) {
             // It was in memory when it was found, or has been replaced since.
             let row = self.current(&record.id).ok_or(Miss::Gone)?;
             if row.entry.nonce == nonce {

@@ -50,11 +50,22 @@ pub struct Request<'a> {
     pub protected: &'a HashSet<i64>,
 }
 
+/// Places of a request's records.
+#[derive(Debug)]
+pub struct Granted {
+    /// Those that are to be written.
+    pub write: Vec<usize>,
+    /// Number of those that are there.
+    pub n_present: usize,
+    /// Those that others are writing.
+    pub elsewhere: Vec<usize>,
+}
+
 /// What became of a request.
 #[derive(Debug)]
 pub enum Answer {
-    /// Room is reserved for these of the records; that many others are there. The last ones are being written by others.
-    Granted { write: Vec<usize>, n_present: usize, elsewhere: Vec<usize> },
+    /// Room is reserved.
+    Granted(Granted),
     /// Records were doomed; ask again when their files are gone.
     AfterReaping { n_evicted: u64 },
     /// There is no room, or the day's budget is spent.
@@ -137,7 +148,7 @@ pub fn admit(
         transaction.prepare_cached(count)?.execute(params![today(), n_bytes as i64])?;
         transaction.prepare_cached("DELETE FROM writes WHERE day < ?1 - 31")?.execute([today()])?;
     }
-    Ok(Answer::Granted { write, n_present, elsewhere })
+    Ok(Answer::Granted(Granted { write, n_present, elsewhere }))
 }
 
 /// Whether the disk has all that `record` has: itself, or rows that go on where it ends.

@@ -35,7 +35,7 @@ impl Row {
             body.extend_from_slice(key);
         }
         body.push(*kind as u8);
-        body.push(u8::from(*keep) * KEEP | u8::from(self.is_pinned) * PINNED);
+        body.push((u8::from(*keep) * KEEP) | (u8::from(self.is_pinned) * PINNED));
         body.extend_from_slice(&grid.to_le_bytes());
         for number in [*start as u64, *complete_from as u64, *n_bytes, self.size, *nonce] {
             body.extend_from_slice(&number.to_le_bytes());

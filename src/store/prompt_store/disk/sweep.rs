@@ -76,7 +76,7 @@ impl Disk {
                 continue;
             }
             let path = self.folder.records().join(file);
-            match reach(Step::Unlink).and_then(|()| fs::remove_file(&path)) {
+            match reach(Step::Unlink, self.folder.root()).and_then(|()| fs::remove_file(&path)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", &path, error)),
                 _ => {}
             }

@@ -1,5 +1,6 @@
 //! Reads everything there is and compares it.
 
+use super::index::Damage;
 use super::row::{self, Row};
 use super::{Disk, FileSource, file, lock, query};
 use crate::error::Result;
@@ -23,10 +24,21 @@ impl Disk {
     /// Checks all records and the index; with `repair` puts aside what is wrong, and builds the index anew if it is.
     pub(in super::super) fn verify(&self, repair: bool) -> Result<Verified> {
         let mut verified = Verified::default();
-        let told = lock(&self.writer).read(tell);
-        let told = told.unwrap_or_else(|error| Told { faults: vec![error.to_string()], ..Told::default() });
-        let is_index_whole = told.faults.is_empty();
+        let repair = repair && self.is_writable();
+        let ask = || {
+            let told = lock(&self.writer).read(tell);
+            told.unwrap_or_else(|error| Told { faults: vec![error.to_string()], ..Told::default() })
+        };
+        let mut told = ask();
         verified.faults.extend(told.faults.iter().map(|fault| format!("index: {fault}")));
+        if repair && !told.faults.is_empty() {
+            self.rebuild(self.folder.index_inode().map_or(Damage::Lost, Damage::Of))?;
+            lock(&self.writer).damage = None;
+            lock(&self.reader).damage = None;
+            // Only now it tells which records there are.
+            told = ask();
+        }
+        let is_index_whole = told.faults.is_empty();
         let mut is_even = true;
         for (name, row) in &told.rows {
             match self.check_record(row) {
@@ -53,16 +65,10 @@ impl Disk {
                 is_even = false;
             }
         }
-        if repair && self.is_writable() {
-            if !is_index_whole {
-                self.rebuild(self.folder.index_inode())?;
-                lock(&self.writer).damage = None;
-                lock(&self.reader).damage = None;
-            } else if !is_even {
-                self.reconcile()?;
-            }
-            verified.is_repaired = true;
+        if repair && !is_even {
+            self.reconcile()?;
         }
+        verified.is_repaired = repair && is_index_whole;
         Ok(verified)
     }
 

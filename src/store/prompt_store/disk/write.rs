@@ -3,7 +3,7 @@
 use super::file::{self, Frame};
 use super::probe::{Step, reach};
 use super::query;
-use super::room::{self, Answer, Request};
+use super::room::{self, Answer, Granted, Request};
 use super::row::{self, Row};
 use super::{Disk, SLOW};
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -58,13 +58,17 @@ impl Disk {
             });
             let (batch, later) = rest.split_at(fits.count().max(1));
             if self.write_batch(batch, protected, &mut report)? {
-                batch.iter().for_each(|record| done(record, true));
+                for record in batch {
+                    done(record, true);
+                }
                 rest = later;
             } else if batch.len() > 1 {
                 size = batch.len() / 2;
             } else {
                 // What comes after hangs on this one, or is as large.
-                rest.iter().for_each(|record| done(record, false));
+                for record in rest {
+                    done(record, false);
+                }
                 report.n_in_memory += rest.len();
                 report.is_durable = false;
                 break;
@@ -87,7 +91,7 @@ impl Disk {
             let put = self.next.fetch_add(1, Ordering::Relaxed);
             let (records, frames): (Vec<_>, Vec<_>) = waiting.into_iter().unzip();
             let request = Request { owner: self.owner_name(), put, records: &records, protected };
-            let Some((write, n_present, elsewhere)) = self.reserve(&request)? else { return Ok(false) };
+            let Some(Granted { write, n_present, elsewhere }) = self.reserve(&request)? else { return Ok(false) };
             report.n_present += n_present;
             let mut frames: Vec<_> = frames.into_iter().map(Some).collect();
             let mut take = |at: usize| frames[at].take().map(|frame| (records[at].clone(), frame));
@@ -116,14 +120,14 @@ impl Disk {
     }
 
     /// Reserves room, evicting as needed; None if there is none.
-    fn reserve(&self, request: &Request<'_>) -> Result<Option<(Vec<usize>, usize, Vec<usize>)>> {
+    fn reserve(&self, request: &Request<'_>) -> Result<Option<Granted>> {
         self.flush();
         loop {
-            let reached = reach(Step::Reserve);
+            let reached = reach(Step::Reserve, self.folder.root());
             reached.map_err(|source| Error::io("reserve room in", self.folder.root(), source))?;
             let admit = |index: &Transaction<'_>| room::admit(index, &self.folder, &self.limits, request);
             match self.write_index(admit)? {
-                Answer::Granted { write, n_present, elsewhere } => return Ok(Some((write, n_present, elsewhere))),
+                Answer::Granted(granted) => return Ok(Some(granted)),
                 Answer::Refused => return Ok(None),
                 Answer::AfterReaping { n_evicted } => {
                     self.counts.n_evicted.fetch_add(n_evicted, Ordering::Relaxed);
@@ -142,17 +146,18 @@ impl Disk {
 
     fn write_ready(&self, put: u64, batch: &[Ready]) -> Result<()> {
         for ready in batch {
-            write_file(ready)?;
+            write_file(self.folder.root(), ready)?;
         }
         for ready in batch {
             let path = self.folder.records().join(ready.row.file_name());
-            let renamed = reach(Step::Rename).and_then(|()| fs::rename(&ready.temporary, &path));
+            let renamed = reach(Step::Rename, self.folder.root()).and_then(|()| fs::rename(&ready.temporary, &path));
             renamed.map_err(|source| Error::io("name", &path, source))?;
         }
         let folder = self.folder.records();
-        let synced = reach(Step::FolderSync).and_then(|()| File::open(&folder)?.sync_all());
+        let synced = reach(Step::FolderSync, self.folder.root()).and_then(|()| File::open(&folder)?.sync_all());
         synced.map_err(|source| Error::io("sync", &folder, source))?;
-        reach(Step::Index).map_err(|source| Error::io("enter records into", &self.folder.index(), source))?;
+        reach(Step::Index, self.folder.root())
+            .map_err(|source| Error::io("enter records into", &self.folder.index(), source))?;
         self.write_index(|index| self.enter(index, put, batch))?;
         self.counts.n_written.fetch_add(batch.len() as u64, Ordering::Relaxed);
         let n_bytes = batch.iter().map(|ready| ready.row.size).sum();
@@ -236,19 +241,19 @@ impl Disk {
 }
 
 /// Writes a temporary file and brings it to the disk.
-fn write_file(ready: &Ready) -> Result<()> {
+fn write_file(root: &Path, ready: &Ready) -> Result<()> {
     let path = &ready.temporary;
     let fail = |op| move |source| Error::io(op, path, source);
     let created =
-        reach(Step::Create).and_then(|()| OpenOptions::new().write(true).create_new(true).mode(0o600).open(path));
+        reach(Step::Create, root).and_then(|()| OpenOptions::new().write(true).create_new(true).mode(0o600).open(path));
     let mut file = created.map_err(fail("create"))?;
-    let mut write = |bytes: &[u8]| reach(Step::Write).and_then(|()| file.write_all(bytes)).map_err(fail("write"));
+    let mut write = |bytes: &[u8]| reach(Step::Write, root).and_then(|()| file.write_all(bytes)).map_err(fail("write"));
     write(&ready.frame.head)?;
     for tensor in &ready.record.tensors {
         write(&tensor.bytes)?;
     }
     write(&ready.frame.seal)?;
-    reach(Step::Sync).and_then(|()| sync(&file)).map_err(fail("sync"))
+    reach(Step::Sync, root).and_then(|()| sync(&file)).map_err(fail("sync"))
 }
 
 /// Brings a file's bytes to the disk, past the disk's own cache too where the system can.
