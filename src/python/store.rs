@@ -5,8 +5,9 @@ use super::foreign::adopt_one;
 use super::list::{PyCacheList, children};
 use super::tokens::Tokens;
 use crate::cache::Cache;
+use crate::error::Error;
+use crate::store::prompt_store::{DiskState, Listed, Options, PromptStore, PutHandle, RecordKind, Space, Tier};
 use crate::store::view::{Recorder, View};
-use crate::store::{Listed, Options, PromptStore, PutHandle, RecordKind, Tier};
 use pyo3::exceptions::{PyOverflowError, PyTimeoutError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -97,18 +98,30 @@ impl PyPromptStore {
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let stats = py.detach(|| self.0.stats());
         let found = PyDict::new(py);
-        found.set_item("disk_records", stats.n_disk)?;
+        let disk = match stats.disk {
+            DiskState::Off => "off".to_owned(),
+            DiskState::On => "on".to_owned(),
+            DiskState::ReadOnly => "read-only".to_owned(),
+            DiskState::Broken(reason) => format!("broken: {reason}"),
+        };
+        found.set_item("disk", disk)?;
+        found.set_item("disk_records", stats.disk_records)?;
         found.set_item("disk_bytes", stats.disk_bytes)?;
         found.set_item("disk_limit", stats.disk_limit)?;
-        found.set_item("ram_records", stats.n_ram)?;
+        found.set_item("ram_records", stats.ram_records)?;
         found.set_item("ram_bytes", stats.ram_bytes)?;
         found.set_item("ram_limit", stats.ram_limit)?;
+        found.set_item("queued_records", stats.n_queued)?;
         found.set_item("queued_bytes", stats.queued_bytes)?;
+        found.set_item("pinned", stats.n_pinned)?;
         found.set_item("hits", stats.n_hits)?;
         found.set_item("misses", stats.n_misses)?;
-        found.set_item("quarantined", stats.n_quarantined)?;
+        found.set_item("written", stats.n_written)?;
+        found.set_item("written_bytes", stats.written_bytes)?;
         found.set_item("written_today", stats.written_today)?;
         found.set_item("write_limit", stats.write_limit)?;
+        found.set_item("evicted", stats.n_evicted)?;
+        found.set_item("quarantined", stats.n_quarantined)?;
         found.set_item("index_rebuilds", stats.n_rebuilds)?;
         Ok(found)
     }
@@ -117,17 +130,18 @@ impl PyPromptStore {
     fn list<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
         let record = |listed: Listed| {
             let found = PyDict::new(py);
-            found.set_item("id", listed.id)?;
-            found.set_item("parent", listed.parent)?;
-            found.set_item("space", listed.space)?;
-            found.set_item("kind", if listed.kind == RecordKind::Rows { "rows" } else { "state" })?;
-            found.set_item("start", listed.start)?;
-            found.set_item("end", listed.end)?;
-            found.set_item("bytes", listed.n_bytes)?;
+            let record = &listed.record;
+            found.set_item("id", record.id.to_string())?;
+            found.set_item("parent", listed.parent.to_string())?;
+            found.set_item("space", record.space().to_string())?;
+            found.set_item("kind", if record.kind == RecordKind::Rows { "rows" } else { "state" })?;
+            found.set_item("start", record.start)?;
+            found.set_item("end", record.end)?;
+            found.set_item("bytes", record.n_bytes)?;
             found.set_item("hits", listed.hits)?;
-            found.set_item("used", Duration::from_micros(listed.used as u64).as_secs_f64())?;
-            found.set_item("pinned", listed.pinned)?;
-            found.set_item("tier", tier_name(listed.tier))?;
+            found.set_item("used", listed.last_used)?;
+            found.set_item("pinned", listed.is_pinned)?;
+            found.set_item("tier", tier_name(record.tier))?;
             Ok(found)
         };
         py.detach(|| self.0.list()).into_iter().map(record).collect()
@@ -135,7 +149,13 @@ impl PyPromptStore {
 
     /// Pins or unpins the record whose name begins with `id`, and those before it; gives how many.
     fn pin_id(&self, py: Python<'_>, id: &str, pins: bool) -> PyResult<usize> {
-        Ok(py.detach(|| self.0.pin_id(id, pins))?)
+        let op = if pins { "PromptStore.pin" } else { "PromptStore.unpin" };
+        let change = || {
+            let all = self.0.list();
+            let (space, tokens) = path_to(op, &all, id)?;
+            if pins { self.0.pin(&space, &tokens) } else { self.0.unpin(&space, &tokens) }
+        };
+        Ok(py.detach(change)?)
     }
 
     /// Evicts until at most `target` bytes are left; gives the bytes that were freed.
@@ -148,12 +168,11 @@ impl PyPromptStore {
     fn verify<'py>(&self, py: Python<'py>, repair: bool) -> PyResult<Bound<'py, PyDict>> {
         let verified = py.detach(|| self.0.verify(repair))?;
         let found = PyDict::new(py);
-        found.set_item("sound", verified.is_sound())?;
-        found.set_item("records", verified.n_records)?;
+        found.set_item("sound", verified.faults.is_empty())?;
+        found.set_item("records", verified.n_checked)?;
         found.set_item("bytes", verified.n_bytes)?;
-        found.set_item("damaged", verified.damaged)?;
-        found.set_item("unknown", verified.n_unknown)?;
-        found.set_item("index_sound", verified.is_index_sound)?;
+        found.set_item("faults", verified.faults)?;
+        found.set_item("repaired", verified.is_repaired)?;
         Ok(found)
     }
 
@@ -171,6 +190,20 @@ impl PyPromptStore {
     fn note_rate(&self, py: Python<'_>, name: &str, value: f64) {
         py.detach(|| self.0.note_rate(name, value));
     }
+}
+
+/// The space and all tokens up to the end of the one record whose name begins with `id`.
+fn path_to(op: &'static str, all: &[Listed], id: &str) -> Result<(Space, Vec<u32>), Error> {
+    let mut found = all.iter().filter(|listed| listed.record.id.to_string().starts_with(id));
+    let (Some(only), None) = (found.next(), found.next()) else {
+        return Err(Error::value(op, "the beginning of one record's id", id));
+    };
+    let mut path = vec![only];
+    while let Some(parent) = all.iter().find(|listed| listed.record.id == path[path.len() - 1].parent) {
+        path.push(parent);
+    }
+    let tokens = path.iter().rev().flat_map(|listed| listed.record.tokens()).copied().collect();
+    Ok((*only.record.space(), tokens))
 }
 
 /// One model's view of a store; the core of `mlxrs_py.store.View`.

@@ -15,6 +15,7 @@ mod layers;
 mod mock;
 mod prefill;
 mod prompt;
+mod prompt_store;
 mod recast;
 mod restore;
 mod revive;

@@ -87,8 +87,8 @@ class PromptStore:
         allow_network: bool = False,
     ) -> None:
         for name, value in (("ram_bytes", ram_bytes), ("disk_bytes", disk_bytes), ("block_tokens", block_tokens)):
-            if value < (1 if name == "block_tokens" else 0):
-                raise ValueError(f"PromptStore: expected {name} of at least 0, got {value}")
+            if value < (least := 2 if name == "block_tokens" else 0):
+                raise ValueError(f"PromptStore: expected {name} of at least {least}, got {value}")
         on_disk = disk_bytes > 0 and os.environ.get(_SWITCH, "").lower() not in ("off", "0", "false")
         #: The folder; None if all is in memory.
         self.path = (Path(path) if path is not None else default_path()) if on_disk else None
@@ -195,8 +195,8 @@ class PromptStore:
             repair: Set what is damaged aside and make the index right.
 
         Returns:
-            ``sound``, the number of ``records`` and their ``bytes``, the files that are ``damaged``, how many are
-            ``unknown`` to the index or to the folder, and whether the index is sound.
+            ``sound``, the number of ``records`` and their ``bytes``, the ``faults`` as texts, and whether they were
+            ``repaired``.
 
         """
         return self._core.verify(repair)

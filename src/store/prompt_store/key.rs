@@ -1,95 +1,82 @@
-//! What names a record: a hash of everything that its bytes depend on.
+//! Names of records: a chain of hashes from the space over the blocks.
 
 use std::fmt;
 
-/// All but the tokens that rows depend on: model, adapter, quantization, namespace, classes of caches.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Space([u8; 32]);
+/// Distinguishes the roots of this format from all other uses of BLAKE3.
+const ROOT: &str = "mlxrs_py 2025 prompt store root";
 
-impl Space {
-    /// The space of a fingerprint.
-    pub const fn new(fingerprint: [u8; 32]) -> Self {
-        Self(fingerprint)
-    }
-
-    pub(super) const fn bytes(&self) -> &[u8; 32] {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Space {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Space({})", hex(&self.0))
-    }
-}
-
-/// What a record holds.
+/// Everything but the tokens that decides what rows hold: a fingerprint of model, adapter, quantization, namespace,
+/// classes of caches and the format's version. The store compares it and knows no more of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum RecordKind {
-    /// Rows of tokens: a block, or the part of one.
-    Rows,
-    /// The states of recurrent layers at a token.
-    State,
+pub struct Space(pub [u8; 32]);
+
+impl fmt::Display for Space {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        hex(f, &self.0)
+    }
 }
 
-impl RecordKind {
-    pub(super) const fn code(self) -> u8 {
-        match self {
-            Self::Rows => 0,
-            Self::State => 1,
+/// Name of a record: BLAKE3 over its tokens and kind, keyed by the name of the block before it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RecordId(pub(super) [u8; 32]);
+
+impl RecordId {
+    /// Before the first block of `space`. Blocks of another size make another tree.
+    pub(super) fn root(space: &Space, block_tokens: usize) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key(ROOT);
+        hasher.update(&space.0).update(&(block_tokens as u64).to_le_bytes());
+        Self(*hasher.finalize().as_bytes())
+    }
+
+    /// Of the rows of `tokens` after this block.
+    pub(super) fn rows(&self, tokens: &[u32]) -> Self {
+        Self(*blake3::keyed_hash(&self.0, &little_endian(tokens)).as_bytes())
+    }
+
+    /// Of the state after this block and `tokens`.
+    pub(super) fn state(&self, tokens: &[u32]) -> Self {
+        let mut bytes = little_endian(tokens);
+        // A length that no rows have.
+        bytes.push(b'S');
+        Self(*blake3::keyed_hash(&self.0, &bytes).as_bytes())
+    }
+
+    /// The id that 64 hexadecimal digits write.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let text: &[u8; 64] = text.as_bytes().try_into().ok()?;
+        let mut bytes = [0; 32];
+        for (byte, pair) in bytes.iter_mut().zip(text.chunks(2)) {
+            let digit = |at: usize| match pair[at] {
+                digit @ b'0'..=b'9' => Some(digit - b'0'),
+                digit @ b'a'..=b'f' => Some(digit - b'a' + 10),
+                _ => None,
+            };
+            *byte = digit(0)? << 4 | digit(1)?;
         }
-    }
-
-    pub(super) const fn of_code(code: i64) -> Option<Self> {
-        match code {
-            0 => Some(Self::Rows),
-            1 => Some(Self::State),
-            _ => None,
-        }
+        Some(Self(bytes))
     }
 }
 
-/// BLAKE3 of a record's parent, kind and tokens.
-pub(super) type Key = [u8; 32];
-
-/// The parent of the first block.
-pub(super) fn root(space: &Space) -> Key {
-    *blake3::Hasher::new_derive_key("mlxrs_py prompt store 1, root").update(&space.0).finalize().as_bytes()
-}
-
-/// The key of the record of `tokens` behind the block `parent`.
-pub(super) fn child(parent: &Key, kind: RecordKind, tokens: &[u32]) -> Key {
-    let mut hasher = blake3::Hasher::new_keyed(parent);
-    hasher.update(&[kind.code()]).update(&bytes_of(tokens));
-    *hasher.finalize().as_bytes()
-}
-
-/// The keys of the full blocks of `tokens`, each after its parent; the root first.
-pub(super) fn chain(space: &Space, tokens: &[u32], block: usize) -> Vec<Key> {
-    let mut keys = vec![root(space)];
-    for tokens in tokens.chunks_exact(block) {
-        keys.push(child(&keys[keys.len() - 1], RecordKind::Rows, tokens));
+impl fmt::Display for RecordId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        hex(f, &self.0)
     }
-    keys
 }
 
-/// Tokens as bytes that sort as they do.
-pub(super) fn bytes_of(tokens: &[u32]) -> Vec<u8> {
-    tokens.iter().flat_map(|token| token.to_be_bytes()).collect()
+impl fmt::Debug for RecordId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        hex(f, &self.0)
+    }
 }
 
-/// The tokens of such bytes.
-pub(super) fn tokens_of(bytes: &[u8]) -> Vec<u32> {
-    bytes.as_chunks().0.iter().map(|&four| u32::from_be_bytes(four)).collect()
+fn hex(f: &mut fmt::Formatter<'_>, bytes: &[u8; 32]) -> fmt::Result {
+    bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
 }
 
-/// Hexadecimal digits.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|digit| char::from(DIGITS[usize::from(digit)])).collect()
-}
-
-/// Tokens that two sequences begin with.
-pub(super) fn n_common(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+fn little_endian(tokens: &[u32]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(tokens.len() * 4 + 1);
+    for token in tokens {
+        bytes.extend_from_slice(&token.to_le_bytes());
+    }
+    bytes
 }

@@ -1,169 +1,299 @@
-//! Records in memory: those that wait for the disk, and all where there is none.
+//! The records in this process's memory: those that wait to be written and, without a disk, all.
 
-use super::key::{Key, RecordKind};
-use super::record::{NewRecord, Row};
+use super::found::{Listed, RecordInfo, Tier};
+use super::key::{RecordId, Space};
+use super::record::{Entry, Record, RecordKind, replaces};
+use super::thin::{self, Checkpoint};
+use super::walk::{Tree, prefixes};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-/// A record in memory.
-#[derive(Clone, Debug)]
-pub(super) struct Held {
-    pub row: Row,
-    pub tokens: Vec<u32>,
-    pub record: Arc<NewRecord>,
+/// Place of a record among the others after its parent.
+type Place = (RecordId, RecordKind, Vec<u32>);
+
+/// Records under a limit of bytes; leaves of the tree go first, of them the least recently used.
+#[derive(Debug)]
+pub(super) struct Ram {
+    limit: u64,
+    slots: HashMap<RecordId, Slot>,
+    places: BTreeMap<Place, RecordId>,
+    /// Records that none hangs on, by the turn of their last use.
+    leaves: BTreeSet<(u64, RecordId)>,
+    n_states: HashMap<Space, usize>,
+    n_bytes: u64,
+    turn: u64,
+    /// Records that went to the disk: who walked meanwhile may have missed them both here and there.
+    n_written: u64,
+    n_evicted: u64,
 }
 
 #[derive(Debug)]
-struct Entry {
-    held: Held,
-    /// When it was used last; the oldest goes first.
-    used: u64,
+struct Slot {
+    record: Arc<Record>,
+    entry: Arc<Entry>,
+    turn: u64,
     hits: u64,
-    pins: bool,
-    /// Records that follow it.
-    n_children: usize,
-    /// It waits to be written, and stays until then.
+    is_pinned: bool,
+    /// Waits to be written.
     is_queued: bool,
 }
 
-/// The records, and an order to evict them in.
-#[derive(Debug, Default)]
-pub(super) struct Ram {
-    entries: HashMap<Key, Entry>,
-    /// Children of a parent, by kind and tokens.
-    places: BTreeMap<(Key, RecordKind, Vec<u32>), Key>,
-    order: BTreeSet<(u64, Key)>,
-    clock: u64,
-    pub n_bytes: u64,
-}
-
 impl Ram {
-    pub fn get(&self, key: &Key) -> Option<&Held> {
-        self.entries.get(key).map(|entry| &entry.held)
+    pub fn new(limit: u64) -> Self {
+        Self {
+            limit,
+            slots: HashMap::new(),
+            places: BTreeMap::new(),
+            leaves: BTreeSet::new(),
+            n_states: HashMap::new(),
+            n_bytes: 0,
+            turn: 0,
+            n_written: 0,
+            n_evicted: 0,
+        }
     }
 
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.slots.len()
     }
 
-    /// The greatest tokens of a kind behind `parent` that are not above `tokens`.
-    pub fn floor(&self, parent: &Key, kind: RecordKind, tokens: &[u32]) -> Option<Held> {
-        let low = (*parent, kind, Vec::new());
-        let high = (*parent, kind, tokens.to_vec());
-        self.places.range(low..=high).next_back().and_then(|(_, key)| self.get(key).cloned())
+    pub const fn n_bytes(&self) -> u64 {
+        self.n_bytes
     }
 
-    /// The least tokens of a kind behind `parent` that are not below `tokens`.
-    pub fn ceiling(&self, parent: &Key, kind: RecordKind, tokens: &[u32]) -> Option<Held> {
-        let low = (*parent, kind, tokens.to_vec());
-        let next = self.places.range(low..).next();
-        next.filter(|((p, k, _), _)| (p, *k) == (parent, kind)).and_then(|(_, key)| self.get(key).cloned())
+    pub const fn n_written(&self) -> u64 {
+        self.n_written
     }
 
-    pub fn touch(&mut self, key: &Key) {
-        let Some(entry) = self.entries.get_mut(key) else { return };
-        self.clock += 1;
-        self.order.remove(&(entry.used, *key));
-        entry.used = self.clock;
-        entry.hits += 1;
-        self.order.insert((entry.used, *key));
+    pub const fn n_evicted(&self) -> u64 {
+        self.n_evicted
     }
 
-    /// Takes a record in, in the place of one with the same key.
-    pub fn insert(&mut self, held: Held, is_queued: bool) {
-        let key = held.row.key;
-        let old = self.remove(&key);
-        self.clock += 1;
-        self.n_bytes += held.row.n_bytes;
-        self.places.insert((held.row.parent, held.row.kind, held.tokens.clone()), key);
-        if let Some(parent) = self.entries.get_mut(&held.row.parent) {
-            parent.n_children += 1;
+    pub fn n_pinned(&self) -> u64 {
+        self.slots.values().filter(|slot| slot.is_pinned).count() as u64
+    }
+
+    /// Takes a record, unless what is there already has all of it: then that is given. Tails that it makes needless go.
+    pub fn insert(&mut self, record: Arc<Record>, is_queued: bool) -> Option<Arc<Record>> {
+        let entry = &record.entry;
+        let id = entry.id;
+        if let Some(slot) = self.present(entry).and_then(|id| self.slots.get_mut(&id)) {
+            slot.is_queued |= is_queued;
+            return Some(Arc::clone(&slot.record));
         }
-        let n_children =
-            self.places.range((key, RecordKind::Rows, Vec::new())..).take_while(|((p, ..), _)| *p == key).count();
-        let pins = old.is_some_and(|old| old.pins);
-        self.entries.insert(key, Entry { held, used: self.clock, hits: 0, pins, n_children, is_queued });
-        self.order.insert((self.clock, key));
-    }
-
-    fn remove(&mut self, key: &Key) -> Option<Entry> {
-        let entry = self.entries.remove(key)?;
-        let Held { row, tokens, .. } = &entry.held;
-        self.order.remove(&(entry.used, *key));
-        self.places.remove(&(row.parent, row.kind, tokens.clone()));
-        self.n_bytes -= row.n_bytes;
-        if let Some(parent) = self.entries.get_mut(&row.parent) {
-            parent.n_children = parent.n_children.saturating_sub(1);
+        let old = self.slots.get(&id).map_or((0, false), |slot| (slot.hits, slot.is_pinned));
+        self.remove(&id);
+        if entry.kind == RecordKind::Rows {
+            self.supersede(entry);
         }
-        Some(entry)
-    }
-
-    /// Drops a record and all that follow it; gives how many.
-    pub fn drop_tree(&mut self, key: &Key) -> usize {
-        let mut keys = vec![*key];
-        let mut at = 0;
-        while at < keys.len() {
-            let parent = keys[at];
-            let children = self.places.range((parent, RecordKind::Rows, Vec::new())..);
-            keys.extend(children.take_while(|((p, ..), _)| *p == parent).map(|(_, key)| *key));
-            at += 1;
+        self.turn += 1;
+        self.n_bytes += record.size();
+        if entry.kind == RecordKind::State {
+            *self.n_states.entry(entry.space).or_default() += 1;
         }
-        keys.iter().filter(|key| self.remove(key).is_some()).count()
+        self.places.insert(place(entry), id);
+        if let Some(parent) = self.slots.get(&entry.parent) {
+            self.leaves.remove(&(parent.turn, entry.parent));
+        }
+        let entry = Arc::new(entry.clone());
+        let slot = Slot { record, entry, turn: self.turn, hits: old.0, is_pinned: old.1, is_queued };
+        self.slots.insert(id, slot);
+        self.settle(id);
+        self.evict(self.limit);
+        None
     }
 
-    /// Drops the shorter parts of a record's block, which it holds too.
-    pub fn supersede(&mut self, key: &Key) {
-        let Some(Held { row, tokens, .. }) = self.get(key).cloned() else { return };
-        let mut below = tokens.len();
-        while row.kind == RecordKind::Rows && below > 1 {
-            let Some(old) = self.floor(&row.parent, row.kind, &tokens[..below - 1]) else { break };
-            let common = super::key::n_common(&old.tokens, &tokens);
-            let is_held = row.complete_from <= old.row.complete_from && (row.grid != 0 || old.row.grid == 0);
-            if common == old.tokens.len() && is_held {
-                self.remove(&old.row.key);
+    /// The record that has all that `new` has: one of its name, or one that goes on where it ends.
+    fn present(&self, new: &Entry) -> Option<RecordId> {
+        let serves = |entry: &Entry| !replaces((new.grid, new.complete_from), (entry.grid, entry.complete_from));
+        if let Some(slot) = self.slots.get(&new.id) {
+            return serves(&slot.entry).then_some(new.id);
+        }
+        if new.kind != RecordKind::Rows {
+            return None;
+        }
+        let longer = self.after(&new.parent, RecordKind::Rows, &new.tokens)?;
+        let goes_on = longer.tokens.starts_with(&new.tokens) && is_needless(new, &longer) && serves(&longer);
+        goes_on.then_some(longer.id)
+    }
+
+    fn supersede(&mut self, new: &Entry) {
+        let shorter = &new.tokens[..new.tokens.len() - 1];
+        let tails: Vec<_> = prefixes(&*self, &new.parent, RecordKind::Rows, shorter)
+            .into_iter()
+            .filter(|tail| !tail.tokens.is_empty() && is_needless(tail, new))
+            .map(|tail| tail.id)
+            .collect();
+        for id in tails {
+            let slot = self.slots.get(&id);
+            if slot.is_some_and(|slot| !slot.is_queued && !slot.is_pinned) {
+                self.remove(&id);
             }
-            below = common.min(below - 1);
         }
     }
 
-    pub fn drop_one(&mut self, key: &Key) {
-        self.remove(key);
+    /// The record `id`, used now.
+    pub fn open(&mut self, id: &RecordId) -> Option<Arc<Record>> {
+        self.turn += 1;
+        let turn = self.turn;
+        let slot = self.slots.get_mut(id)?;
+        self.leaves.remove(&(slot.turn, *id));
+        slot.turn = turn;
+        slot.hits += 1;
+        let record = Arc::clone(&slot.record);
+        self.settle(*id);
+        Some(record)
     }
 
-    /// The record was written, or will not be.
-    pub fn settle(&mut self, key: &Key, stays: bool) {
-        match self.entries.get_mut(key) {
-            Some(entry) if stays => entry.is_queued = false,
-            Some(_) => {
-                self.remove(key);
-            }
-            None => {}
+    /// The record has been written, or could not be: it no longer waits.
+    pub fn release(&mut self, record: &Arc<Record>, is_written: bool) {
+        let id = record.entry.id;
+        // A better one may have taken its place, which waits itself.
+        let Some(slot) = self.slots.get_mut(&id).filter(|slot| Arc::ptr_eq(&slot.record, record)) else { return };
+        slot.is_queued = false;
+        if is_written {
+            self.n_written += 1;
+            self.remove(&id);
+        } else {
+            self.evict(self.limit);
         }
     }
 
-    pub fn pin(&mut self, key: &Key, pins: bool) -> bool {
-        self.entries.get_mut(key).map(|entry| entry.pins = pins).is_some()
+    /// Pins or unpins; whether that changed anything.
+    pub fn set_pinned(&mut self, id: &RecordId, is_pinned: bool) -> bool {
+        let slot = self.slots.get_mut(id);
+        slot.is_some_and(|slot| std::mem::replace(&mut slot.is_pinned, is_pinned) != is_pinned)
     }
 
-    /// Drops the least recently used leaves until at most `n_bytes` are left; gives the bytes that went.
-    pub fn evict_to(&mut self, n_bytes: u64) -> u64 {
+    /// Evicts until at most `target` bytes are left, as far as it may; gives the bytes that went.
+    pub fn evict(&mut self, target: u64) -> u64 {
         let before = self.n_bytes;
-        while self.n_bytes > n_bytes {
-            let is_free = |key: &&(u64, Key)| {
-                self.entries.get(&key.1).is_some_and(|e| e.n_children == 0 && !e.pins && !e.is_queued)
-            };
-            let Some(&(_, key)) = self.order.iter().find(is_free) else { break };
-            self.remove(&key);
+        // What must stay is set aside, so that the first leaf is always one to look at.
+        let mut kept = Vec::new();
+        while self.n_bytes > target {
+            let Some((turn, id)) = self.leaves.pop_first() else { break };
+            let slot = &self.slots[&id];
+            if slot.is_queued || slot.is_pinned {
+                kept.push((turn, id));
+            } else {
+                self.remove(&id);
+                self.n_evicted += 1;
+            }
         }
+        self.leaves.extend(kept);
         before - self.n_bytes
     }
 
-    /// All records, with hits and pins.
-    pub fn all(&self) -> impl Iterator<Item = (&Held, u64, bool)> {
-        self.entries.values().map(|entry| (&entry.held, entry.hits, entry.pins))
+    /// Takes a record out, and all that hangs on it.
+    pub fn remove_tree(&mut self, id: &RecordId) -> usize {
+        let mut waiting = vec![*id];
+        let mut n_removed = 0;
+        while let Some(id) = waiting.pop() {
+            waiting.extend(self.children(&id));
+            n_removed += usize::from(self.remove(&id));
+        }
+        n_removed
     }
 
+    /// Takes all out that nobody waits for.
     pub fn clear(&mut self) {
-        *self = Self { clock: self.clock, ..Self::default() };
+        let ids: Vec<_> = self.slots.iter().filter(|(_, slot)| !slot.is_queued).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.remove(&id);
+        }
+    }
+
+    pub fn list(&self) -> Vec<Listed> {
+        let listed = self.slots.values().map(|slot| Listed {
+            record: RecordInfo::new(Arc::clone(&slot.entry), Tier::Ram, slot.entry.tokens.len()),
+            parent: slot.entry.parent,
+            is_pinned: slot.is_pinned,
+            hits: slot.hits,
+            last_used: 0,
+        });
+        listed.collect()
+    }
+
+    /// Drops those of `states`, the deepest first, that thinning does not keep.
+    pub fn thin(&mut self, states: &[RecordInfo]) {
+        let slots = states.iter().filter_map(|state| self.slots.get(&state.id));
+        let known: Vec<_> = slots
+            .map(|slot| {
+                let must_stay = slot.entry.keep || slot.is_pinned || slot.is_queued || slot.hits > 0;
+                (Checkpoint { end: slot.entry.end(), must_stay }, slot.entry.id)
+            })
+            .collect();
+        let checkpoints: Vec<_> = known.iter().map(|(checkpoint, _)| *checkpoint).collect();
+        for at in thin::dropped(&checkpoints) {
+            self.remove(&known[at].1);
+        }
+    }
+
+    /// Takes one record out, whatever hangs on it.
+    pub fn remove(&mut self, id: &RecordId) -> bool {
+        let Some(slot) = self.slots.remove(id) else { return false };
+        self.leaves.remove(&(slot.turn, *id));
+        self.places.remove(&place(&slot.entry));
+        self.n_bytes -= slot.record.size();
+        if slot.entry.kind == RecordKind::State
+            && let Some(n_states) = self.n_states.get_mut(&slot.entry.space)
+        {
+            *n_states -= 1;
+            if *n_states == 0 {
+                self.n_states.remove(&slot.entry.space);
+            }
+        }
+        self.settle(slot.entry.parent);
+        true
+    }
+
+    /// Puts `id` among the leaves if it is one.
+    fn settle(&mut self, id: RecordId) {
+        if let Some(slot) = self.slots.get(&id)
+            && self.children(&id).next().is_none()
+        {
+            self.leaves.insert((slot.turn, id));
+        }
+    }
+
+    fn children(&self, id: &RecordId) -> impl Iterator<Item = RecordId> {
+        let id = *id;
+        let from = self.places.range((id, RecordKind::Rows, Vec::new())..);
+        from.take_while(move |(place, _)| place.0 == id).map(|(_, child)| *child)
+    }
+}
+
+fn place(entry: &Entry) -> Place {
+    (entry.parent, entry.kind, entry.tokens.clone())
+}
+
+/// Whether `new`, which goes on where `tail` ends, has all that `tail` has.
+pub(super) const fn is_needless(tail: &Entry, new: &Entry) -> bool {
+    new.complete_from <= tail.complete_from && (new.grid != 0 || tail.grid == 0)
+}
+
+impl Tree for Ram {
+    fn tier(&self) -> Tier {
+        Tier::Ram
+    }
+
+    fn get(&self, id: &RecordId) -> Option<Arc<Entry>> {
+        self.slots.get(id).map(|slot| Arc::clone(&slot.entry))
+    }
+
+    fn at_or_before(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>> {
+        let place = (*parent, kind, tokens.to_vec());
+        let (place, id) = self.places.range(..=place).next_back()?;
+        (place.0 == *parent && place.1 == kind).then(|| self.get(id))?
+    }
+
+    fn after(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>> {
+        let place = (*parent, kind, tokens.to_vec());
+        let (place, id) = self.places.range((std::ops::Bound::Excluded(place), std::ops::Bound::Unbounded)).next()?;
+        (place.0 == *parent && place.1 == kind).then(|| self.get(id))?
+    }
+
+    fn has_states(&self, space: &Space) -> bool {
+        self.n_states.contains_key(space)
     }
 }

@@ -6,7 +6,7 @@ use crate::array::{self, Array};
 use crate::cache::{Cache, KvTensor, Lookback};
 use crate::error::{Error, Result};
 use crate::persist::gather;
-use crate::store::{NewRecord, NewTensor, PutHandle, RecordKind, Wanted};
+use crate::store::prompt_store::{NewRecord, NewTensor, PutHandle, RecordKind, Wanted};
 use std::ops::Range;
 
 /// Bytes of records that are cut before they are handed to the store.

@@ -7,9 +7,9 @@ mod restore;
 pub use capture::Recorder;
 pub use restore::{Lookup, Restored};
 
-use super::{PromptStore, Space};
 use crate::cache::{Cache, Lookback};
 use crate::error::{Error, Result};
+use crate::store::prompt_store::{PromptStore, Space};
 use std::sync::Arc;
 
 /// The version of what records hold; it changes only when bits or layout change.
@@ -44,7 +44,7 @@ impl View {
         for leaf in &leaves {
             hasher.update(leaf.signature().as_bytes()).update(b"\n");
         }
-        let space = Space::new(*hasher.finalize().as_bytes());
+        let space = Space(*hasher.finalize().as_bytes());
         Ok(Self { store, leaves, space })
     }
 

@@ -6,7 +6,7 @@ use crate::array::Array;
 use crate::cache::{ArraysCache, Boundary, Cache, KvTensor, Lookback, Run};
 use crate::error::{Error, Result};
 use crate::persist::{Assembly, Damage, Piece, Source, assemble};
-use crate::store::{OpenRecord, RecordInfo, Tier, checksum};
+use crate::store::prompt_store::{OpenRecord, RecordInfo, Tier, checksum};
 use std::num::NonZero;
 use std::ops::Range;
 
@@ -88,7 +88,7 @@ impl View {
     /// The deepest boundary that every layer can restore.
     fn plan(&self, tokens: &[u32], step: u32, exact: bool) -> Option<Plan> {
         let limit = tokens.len().checked_sub(1)?;
-        let found = self.store.find(&self.space, tokens, self.has_states());
+        let found = self.store.find(&self.space, tokens);
         let mut rows = found.blocks;
         rows.extend(found.partial);
         let ends = |record: &RecordInfo| record.start + record.n_common.min(record.end - record.start);
@@ -236,6 +236,16 @@ impl View {
     }
 }
 
+impl Source for OpenRecord {
+    fn bytes(&self, at: u64, n_bytes: usize) -> Option<&[u8]> {
+        self.bytes(at..at + n_bytes as u64)
+    }
+
+    fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
+        self.read_into(bytes, at)
+    }
+}
+
 /// How a read ended.
 enum Outcome {
     Restored(Restored),
@@ -264,7 +274,7 @@ fn whole(open: &OpenRecord, source: usize, name: &str) -> Option<Assembly> {
     let n_bytes = tensor.n_bytes as usize;
     // The assembly's rows: those of four axes, else its bytes.
     let n_rows = if let [_, _, rows, _] = tensor.shape[..] { rows } else { n_bytes };
-    let piece = Piece { source, at: tensor.start, n_bytes, checksum: tensor.checksum, rows: 0..n_rows, to: 0 };
+    let piece = Piece { source, at: tensor.start, n_bytes, checksum: Some(tensor.checksum), rows: 0..n_rows, to: 0 };
     Some(Assembly { shape: dims(&tensor.shape), dtype: tensor.dtype, pieces: vec![piece] })
 }
 
@@ -310,7 +320,7 @@ fn gathered(
                 source,
                 at: tensor.start,
                 n_bytes: tensor.n_bytes as usize,
-                checksum: tensor.checksum,
+                checksum: Some(tensor.checksum),
                 rows: tokens.start - first..tokens.end - first,
                 to: run.row + tokens.start - run.tokens.start,
             });

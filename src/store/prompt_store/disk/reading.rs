@@ -1,0 +1,258 @@
+//! Reads records from their files.
+
+use super::file::Contents;
+use super::row::{Row, file_name};
+use super::{Disk, SHORT, file, lock, query, room, slot};
+use crate::error::{Error, Result};
+use crate::store::prompt_store::found::RecordInfo;
+use crate::store::prompt_store::key::RecordId;
+use crate::store::prompt_store::open_record::OpenRecord;
+use crate::store::prompt_store::record::Entry;
+use rusqlite::params;
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// Files of records that are open in this process.
+static N_OPEN: AtomicUsize = AtomicUsize::new(0);
+
+/// Files of records that may stay open: a quarter of what the process may have. More are opened for each read.
+fn max_open() -> usize {
+    static MAX: OnceLock<usize> = OnceLock::new();
+    *MAX.get_or_init(|| {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        usize::try_from(limit.unwrap_or(4096) / 4).unwrap_or(1024)
+    })
+}
+
+/// A file that stays open while it counts.
+#[derive(Debug)]
+struct Kept(File);
+
+impl Kept {
+    fn new(file: File) -> Option<Self> {
+        if N_OPEN.fetch_add(1, Ordering::Relaxed) < max_open() {
+            return Some(Self(file));
+        }
+        N_OPEN.fetch_sub(1, Ordering::Relaxed);
+        None
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        N_OPEN.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What keeps records from being evicted; given back when the last of them is closed.
+#[derive(Debug)]
+pub(super) struct Lease {
+    disk: Arc<Disk>,
+    number: u64,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        lock(&self.disk.released).push(self.number);
+    }
+}
+
+/// The bytes of a record in its file.
+#[derive(Debug)]
+pub(in super::super) struct FileSource {
+    path: PathBuf,
+    file: Option<Kept>,
+    data_start: u64,
+    n_bytes: u64,
+    _lease: Option<Arc<Lease>>,
+}
+
+impl FileSource {
+    pub(super) fn new(path: PathBuf, file: File, contents: &Contents, lease: Option<Arc<Lease>>) -> Self {
+        let (data_start, n_bytes) = (contents.data_start, contents.entry.n_bytes);
+        Self { path, file: Kept::new(file), data_start, n_bytes, _lease: lease }
+    }
+
+    pub fn read_at(&self, buffer: &mut [MaybeUninit<u8>], at: u64) -> Result<()> {
+        self.with_file(buffer.len(), at, |file| {
+            let (mut buffer, mut at) = (buffer, at);
+            while !buffer.is_empty() {
+                let n_bytes = match rustix::io::pread(file, &mut *buffer, self.data_start + at) {
+                    Ok((read, _)) => read.len(),
+                    Err(rustix::io::Errno::INTR) => continue,
+                    Err(error) => return Err(error.into()),
+                };
+                if n_bytes == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                at += n_bytes as u64;
+                buffer = &mut buffer[n_bytes..];
+            }
+            Ok(())
+        })
+    }
+
+    pub fn read_into(&self, buffer: &mut [u8], at: u64) -> Result<()> {
+        self.with_file(buffer.len(), at, |file| file.read_exact_at(buffer, self.data_start + at))
+    }
+
+    /// Calls `read` with the file, if it has `n_bytes` at `at`. It is never changed: its name belongs to it alone.
+    fn with_file(&self, n_bytes: usize, at: u64, read: impl FnOnce(&File) -> io::Result<()>) -> Result<()> {
+        if at.checked_add(n_bytes as u64).is_none_or(|end| end > self.n_bytes) {
+            return Err(self.too_short(n_bytes, at));
+        }
+        let outcome = match &self.file {
+            Some(kept) => read(&kept.0),
+            None => file::open(&self.path).and_then(|file| read(&file)),
+        };
+        outcome.map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => self.too_short(n_bytes, at),
+            _ => Error::io("read", &self.path, error),
+        })
+    }
+
+    fn too_short(&self, n_bytes: usize, at: u64) -> Error {
+        Error::format(&self.path, "data", format!("{n_bytes} bytes at {at}"), "the end of the record")
+    }
+}
+
+/// Why a record cannot be opened.
+enum Miss {
+    /// It is not there any more.
+    Gone,
+    /// It is not what the index says.
+    Wrong(String),
+    /// The system does not tell.
+    Unknown(Error),
+}
+
+impl Disk {
+    /// Opens records; None for those that are gone, or wrong, which are put aside.
+    pub(in super::super) fn open_records(self: &Arc<Self>, records: &[&RecordInfo]) -> Vec<Option<OpenRecord>> {
+        let lease = self.lease(records).map(Arc::new);
+        let now = room::now();
+        let opened = records.iter().map(|record| match self.open_record(record, lease.as_ref()) {
+            Ok(opened) => {
+                let mut touched = lock(&self.touched);
+                let uses = touched.entry(slot(&record.id)).or_default();
+                *uses = (now, uses.1 + 1);
+                Some(opened)
+            }
+            Err(Miss::Wrong(reason)) => {
+                self.quarantine(record, &reason);
+                None
+            }
+            Err(Miss::Gone) => None,
+            Err(Miss::Unknown(error)) => {
+                tracing::warn!(%error, "a record cannot be read");
+                None
+            }
+        });
+        opened.collect()
+    }
+
+    fn open_record(&self, record: &RecordInfo, lease: Option<&Arc<Lease>>) -> Result<OpenRecord, Miss> {
+        let mut nonce = record.entry.nonce;
+        let mut opened = (nonce != 0).then(|| self.open_file(&record.id, nonce));
+        if opened.as_ref().is_none_or(is_missing) {
+            // It was in memory when it was found, or has been replaced since.
+            let row = self.current(&record.id).ok_or(Miss::Gone)?;
+            if row.entry.nonce == nonce {
+                self.forget(&row);
+                return Err(Miss::Gone);
+            }
+            nonce = row.entry.nonce;
+            opened = Some(self.open_file(&record.id, nonce));
+        }
+        let path = self.folder.records().join(file_name(&record.id, nonce));
+        let file = match opened {
+            Some(Ok(file)) => file,
+            Some(Err(source)) => return Err(Miss::Unknown(Error::io("open", &path, source))),
+            None => return Err(Miss::Gone),
+        };
+        let contents = file::read(&path, &file).map_err(|error| match error {
+            Error::Format { .. } => Miss::Wrong(error.to_string()),
+            Error::Io { ref source, .. } if source.kind() == io::ErrorKind::UnexpectedEof => {
+                Miss::Wrong(error.to_string())
+            }
+            error => Miss::Unknown(error),
+        })?;
+        let is_same_file = nonce == record.entry.nonce;
+        if !says_the_same(&contents.entry, &record.entry, is_same_file) {
+            return Err(Miss::Wrong("other tokens, another place or another space than the index says".into()));
+        }
+        let source = FileSource::new(path, file, &contents, lease.map(Arc::clone));
+        Ok(OpenRecord::in_file(contents.layout, contents.tensors, source))
+    }
+
+    fn open_file(&self, id: &RecordId, nonce: u64) -> io::Result<File> {
+        file::open(&self.folder.records().join(file_name(id, nonce)))
+    }
+
+    /// What the index says of `id` now.
+    fn current(&self, id: &RecordId) -> Option<Row> {
+        let row = lock(&self.reader).read(|index| query::row_in(index, slot(id)));
+        row.ok().flatten().filter(|row| row.entry.id == *id)
+    }
+
+    /// Takes out the row of a file that has vanished.
+    fn forget(&self, row: &Row) {
+        if self.owner.is_none() {
+            return;
+        }
+        let forgotten = lock(&self.reader).write(SHORT, |index| {
+            let now = query::row_in(index, row.slot())?;
+            if now.is_some_and(|now| now == *row) && !self.folder.records().join(row.file_name()).exists() {
+                query::delete(index, row.slot())?;
+            }
+            Ok(())
+        });
+        if let Err(error) = forgotten {
+            tracing::debug!(%error, "the row of a vanished file stays for now");
+        }
+    }
+
+    /// Leases the deepest of `records`; what they hang on is then no leaf. None if it cannot be had at once.
+    fn lease(self: &Arc<Self>, records: &[&RecordInfo]) -> Option<Lease> {
+        if self.owner.is_none() || records.is_empty() {
+            return None;
+        }
+        let parents: HashSet<_> = records.iter().map(|record| record.entry.parent).collect();
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let leased = lock(&self.reader).write(SHORT, |index| {
+            let sql = "INSERT OR IGNORE INTO leases(owner, lease, slot) VALUES (?1, ?2, ?3)";
+            let mut lease = index.prepare_cached(sql)?;
+            for record in records.iter().filter(|record| !parents.contains(&record.id)) {
+                lease.execute(params![self.owner_name(), number as i64, slot(&record.id)])?;
+            }
+            Ok(())
+        });
+        match leased {
+            Ok(()) => Some(Lease { disk: Arc::clone(self), number }),
+            Err(error) => {
+                tracing::debug!(%error, "records are read without a lease");
+                None
+            }
+        }
+    }
+}
+
+fn is_missing(opened: &io::Result<File>) -> bool {
+    opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+}
+
+/// Whether a file holds what the index said; one that replaced it may serve better.
+fn says_the_same(file: &Entry, index: &Entry, is_same_file: bool) -> bool {
+    let place = |entry: &Entry| (entry.id, entry.parent, entry.space, entry.kind, entry.start);
+    let worth = |entry: &Entry| (entry.grid, entry.complete_from, entry.keep, entry.n_bytes);
+    place(file) == place(index)
+        && file.tokens == index.tokens
+        && (!is_same_file || worth(file) == worth(index))
+        && (is_same_file || file.complete_from <= index.complete_from && (file.grid != 0 || index.grid == 0))
+}

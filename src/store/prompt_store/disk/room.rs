@@ -1,0 +1,233 @@
+//! Room under the limit: what counts, who goes, and reservations before anything is written.
+
+use super::folder::{Folder, files_size};
+use super::owner;
+use super::query::{self, Snapshot};
+use super::row::Row;
+use crate::store::prompt_store::ram::is_needless;
+use crate::store::prompt_store::record::{Record, RecordKind, replaces};
+use crate::store::prompt_store::walk::Tree as _;
+use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Bytes that a record may add to the index and its log, and to the folder: a few pages each.
+const PER_RECORD: u64 = 32 << 10;
+/// Bytes of the folders themselves.
+const FOLDERS: u64 = 64 << 10;
+/// Bytes of a record's name in its folder.
+const NAME: u64 = 128;
+
+/// What may be written.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes of the folder.
+    pub disk_bytes: u64,
+    /// Bytes written in a day.
+    pub write_bytes_per_day: Option<u64>,
+}
+
+impl Limits {
+    /// What records may fill: leases and uses are entered without a reservation, in what is left.
+    pub fn usable(&self) -> u64 {
+        self.disk_bytes - (self.disk_bytes / 8).min(4 << 20)
+    }
+
+    /// Bytes of the index's log from which it is emptied.
+    pub fn log_bytes(&self) -> u64 {
+        (self.disk_bytes / 32).clamp(128 << 10, 4 << 20)
+    }
+}
+
+/// Who writes, and what.
+pub struct Request<'a> {
+    pub owner: &'a str,
+    pub put: u64,
+    /// With the bytes of their files.
+    pub records: &'a [(Arc<Record>, u64)],
+    /// What must not go for it: the blocks that the records hang on.
+    pub protected: &'a HashSet<i64>,
+}
+
+/// Places of a request's records.
+#[derive(Debug)]
+pub struct Granted {
+    /// Those that are to be written.
+    pub write: Vec<usize>,
+    /// Number of those that are there.
+    pub n_present: usize,
+    /// Those that others are writing.
+    pub elsewhere: Vec<usize>,
+}
+
+/// What became of a request.
+#[derive(Debug)]
+pub enum Answer {
+    /// Room is reserved.
+    Granted(Granted),
+    /// Records were doomed; ask again when their files are gone.
+    AfterReaping { n_evicted: u64 },
+    /// There is no room, or the day's budget is spent.
+    Refused,
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+fn today() -> i64 {
+    (now() / 86_400) as i64
+}
+
+/// Bytes written today.
+pub fn written_today(connection: &Connection) -> rusqlite::Result<u64> {
+    let mut found = connection.prepare_cached("SELECT n_bytes FROM writes WHERE day = ?1")?;
+    Ok(found.query_row([today()], |row| row.get::<_, i64>(0)).optional()?.unwrap_or(0).max(0) as u64)
+}
+
+/// All that counts against the limit.
+pub fn used(connection: &Connection, folder: &Folder) -> rusqlite::Result<u64> {
+    let sum = |sql| query::sum(connection, sql);
+    let records = sum("SELECT sum(size) FROM uses")? + NAME * sum("SELECT count(*) FROM uses")?;
+    let going = sum("SELECT sum(size) FROM dying")? + sum("SELECT sum(size) FROM reservations")?;
+    Ok(records + going + folder.index_size() + files_size(&folder.quarantine()) + FOLDERS)
+}
+
+/// Reserves room for those of the records that are wanted, or dooms others to make it.
+pub fn admit(
+    transaction: &Transaction<'_>,
+    folder: &Folder,
+    limits: &Limits,
+    request: &Request<'_>,
+) -> rusqlite::Result<Answer> {
+    let (mut write, mut n_present, mut elsewhere) = (Vec::new(), 0, Vec::new());
+    let mut slots = HashSet::new();
+    for (at, (record, _)) in request.records.iter().enumerate() {
+        let slot = super::row::slot(&record.entry.id);
+        if !slots.insert(slot) || is_stored(transaction, record)? {
+            n_present += 1;
+            continue;
+        }
+        let mut pending = transaction.prepare_cached("SELECT owner FROM pending WHERE slot = ?1")?;
+        let writer: Option<String> = pending.query_row([slot], |row| row.get(0)).optional()?;
+        match writer {
+            Some(writer) if writer != request.owner => elsewhere.push(at),
+            _ => write.push(at),
+        }
+    }
+    let n_bytes: u64 = write.iter().map(|&at| request.records[at].1).sum();
+    if !write.is_empty() {
+        if limits.write_bytes_per_day.is_some_and(|limit| {
+            written_today(transaction).is_ok_and(|written| written.saturating_add(n_bytes) > limit)
+        }) {
+            return Ok(Answer::Refused);
+        }
+        let size = n_bytes + PER_RECORD * write.len() as u64;
+        let excess = (used(transaction, folder)? + size).saturating_sub(limits.usable());
+        if excess > 0 {
+            let victims = victims(transaction, excess, request.protected)?;
+            if victims.iter().map(|row| row.size).sum::<u64>() < excess {
+                return Ok(Answer::Refused);
+            }
+            for row in &victims {
+                doom(transaction, row, request.owner)?;
+            }
+            return Ok(Answer::AfterReaping { n_evicted: victims.len() as u64 });
+        }
+        let reserve = "INSERT OR REPLACE INTO reservations(owner, put, size) VALUES (?1, ?2, ?3)";
+        transaction.prepare_cached(reserve)?.execute(params![request.owner, request.put as i64, size as i64])?;
+        for &at in &write {
+            let slot = super::row::slot(&request.records[at].0.entry.id);
+            let pend = "INSERT OR REPLACE INTO pending(slot, owner) VALUES (?1, ?2)";
+            transaction.prepare_cached(pend)?.execute(params![slot, request.owner])?;
+        }
+        let count = "INSERT INTO writes(day, n_bytes) VALUES (?1, ?2)
+                     ON CONFLICT(day) DO UPDATE SET n_bytes = n_bytes + excluded.n_bytes";
+        transaction.prepare_cached(count)?.execute(params![today(), n_bytes as i64])?;
+        transaction.prepare_cached("DELETE FROM writes WHERE day < ?1 - 31")?.execute([today()])?;
+    }
+    Ok(Answer::Granted(Granted { write, n_present, elsewhere }))
+}
+
+/// Whether the disk has all that `record` has: itself, or rows that go on where it ends.
+fn is_stored(transaction: &Transaction<'_>, record: &Record) -> rusqlite::Result<bool> {
+    let entry = &record.entry;
+    let is_less = |stored: &crate::store::prompt_store::record::Entry| {
+        replaces((entry.grid, entry.complete_from), (stored.grid, stored.complete_from))
+    };
+    if let Some(row) = query::row_in(transaction, super::row::slot(&entry.id))?
+        && row.entry.id == entry.id
+        && !is_less(&row.entry)
+    {
+        return Ok(true);
+    }
+    if entry.kind != RecordKind::Rows {
+        return Ok(false);
+    }
+    let snapshot = Snapshot::new(transaction);
+    let longer = snapshot.after(&entry.parent, RecordKind::Rows, &entry.tokens);
+    let longer = snapshot.finish(longer)?;
+    Ok(longer.is_some_and(|longer| {
+        longer.parent == entry.parent
+            && longer.tokens.starts_with(&entry.tokens)
+            && is_needless(entry, &longer)
+            && !is_less(&longer)
+    }))
+}
+
+/// Records of `n_bytes` or more, as far as there are any to go: leaves before what they hang on, the least recently used
+/// first, none that is pinned or read.
+pub fn victims(connection: &Connection, n_bytes: u64, protected: &HashSet<i64>) -> rusqlite::Result<Vec<Row>> {
+    let mut oldest = connection.prepare_cached("SELECT slot FROM uses ORDER BY last_used, start DESC")?;
+    let mut slots = oldest.query([])?;
+    let (mut victims, mut gone, mut n_freed) = (Vec::new(), HashSet::new(), 0);
+    while n_freed < n_bytes {
+        let Some(slot) = slots.next()? else { break };
+        let slot: i64 = slot.get(0)?;
+        let is_leaf = query::children(connection, slot)?.iter().all(|child| gone.contains(child));
+        if !is_leaf || protected.contains(&slot) || query::is_leased(connection, slot)? {
+            continue;
+        }
+        let row = query::row_in(connection, slot)?.ok_or_else(query::damaged)?;
+        if !row.is_pinned {
+            n_freed += row.size;
+            gone.insert(slot);
+            victims.push(row);
+        }
+    }
+    Ok(victims)
+}
+
+/// Takes a row out and remembers its file, which counts until it is unlinked.
+pub fn doom(connection: &Connection, row: &Row, owner: &str) -> rusqlite::Result<()> {
+    let sql = "INSERT OR REPLACE INTO dying(file, size, owner) VALUES (?1, ?2, ?3)";
+    connection.prepare_cached(sql)?.execute(params![row.file_name(), row.size as i64, owner])?;
+    query::delete(connection, row.slot())
+}
+
+/// Takes out all that belongs to a dead owner but the files it doomed, which `heir` will unlink.
+pub fn inherit(connection: &Connection, dead: &str, heir: &str) -> rusqlite::Result<()> {
+    for sql in [
+        "DELETE FROM leases WHERE owner = ?1",
+        "DELETE FROM reservations WHERE owner = ?1",
+        "DELETE FROM pending WHERE owner = ?1",
+    ] {
+        connection.prepare_cached(sql)?.execute([dead])?;
+    }
+    connection.prepare_cached("UPDATE dying SET owner = ?2 WHERE owner = ?1")?.execute([dead, heir])?;
+    Ok(())
+}
+
+/// All owners that the index knows.
+pub fn owners(connection: &Connection) -> rusqlite::Result<Vec<String>> {
+    let sql = "SELECT owner FROM leases UNION SELECT owner FROM reservations UNION SELECT owner FROM pending
+               UNION SELECT owner FROM dying";
+    connection.prepare_cached(sql)?.query_map([], |row| row.get(0))?.collect()
+}
+
+/// A new number for a file.
+pub fn nonce() -> u64 {
+    owner::random()
+}

@@ -1,0 +1,37 @@
+//! How a store is opened.
+
+use super::BLOCK_TOKENS;
+use std::path::PathBuf;
+
+/// Where a store lies and how much it may take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The folder, made if it is not there; None: the store lives in memory and ends with the process.
+    pub path: Option<PathBuf>,
+    /// Bytes that records in memory may take. Those that wait to be written count, and may be more.
+    pub ram_bytes: u64,
+    /// Bytes that the folder may take, all processes together; 0: memory only.
+    pub disk_bytes: u64,
+    /// Tokens of a full block.
+    pub block_tokens: usize,
+    /// Bytes that all processes together may write in a day.
+    pub write_bytes_per_day: Option<u64>,
+    /// Nothing is written and nothing is leased; what is put stays in memory.
+    pub read_only: bool,
+    /// A folder on a network file system is taken too. Its locks must hold across machines.
+    pub allow_network_fs: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            path: None,
+            ram_bytes: 1 << 30,
+            disk_bytes: 16 << 30,
+            block_tokens: BLOCK_TOKENS,
+            write_bytes_per_day: None,
+            read_only: false,
+            allow_network_fs: false,
+        }
+    }
+}

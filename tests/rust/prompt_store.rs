@@ -1,0 +1,5 @@
+//! The prompt store: what was put comes back with its very bytes, or not at all.
+
+mod basics;
+mod common;
+mod model;

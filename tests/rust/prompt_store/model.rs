@@ -1,0 +1,477 @@
+//! Random operations and faults beside a model of what must be there.
+//!
+//! `MLXRS_STORE_OPERATIONS` sets how many, `MLXRS_SEED` which ones.
+
+use super::common::*;
+use mlxrs_py::store::prompt_store::{Listed, NewRecord, Options, PromptStore, PutHandle, RecordKind, Step};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tempfile::tempdir;
+
+const LIMIT: u64 = 4 << 20;
+const SIZE: usize = 6_000;
+
+/// A record by all that tells it from others.
+type Key = (u8, RecordKind, Vec<u32>);
+
+/// What must be found: acknowledged, and neither damaged, evicted nor pruned since.
+#[derive(Default)]
+struct Model {
+    certain: BTreeSet<Key>,
+    /// All that was ever put.
+    all: BTreeSet<Key>,
+    /// Damaged files that nobody has met yet, with the records that they may be.
+    damaged: Vec<(PathBuf, Key)>,
+}
+
+impl Model {
+    /// Takes a put that was acknowledged.
+    fn add(&mut self, space: u8, tokens: &[u32], records: &[(RecordKind, usize, usize)]) {
+        for &(kind, start, end) in records {
+            let covered = &tokens[..end];
+            // Tails that it goes on from may go, and states that stand close together.
+            self.certain.retain(|(other, other_kind, stored)| {
+                let is_on_way = *other == space && *other_kind == kind && covered.starts_with(stored);
+                let is_tail = stored.len() > start && stored.len() < end;
+                !(is_on_way && (kind == RecordKind::State || is_tail))
+            });
+            let key = (space, kind, covered.to_vec());
+            self.all.insert(key.clone());
+            self.certain.insert(key);
+        }
+        // What lies damaged on the disk counts as stored, until somebody reads it.
+        self.damaged.retain(|(path, _)| path.exists());
+        for (_, (space, kind, covered)) in self.damaged.clone() {
+            self.lose(space, kind, &covered);
+        }
+    }
+
+    /// Takes a put of which nobody knows how far it came.
+    fn doubt(&mut self, space: u8, tokens: &[u32], records: &[(RecordKind, usize, usize)]) {
+        let before = self.certain.clone();
+        self.add(space, tokens, records);
+        self.certain.retain(|key| before.contains(key));
+    }
+
+    /// The record in `covered` is damaged or gone: nothing that hangs on it need be found.
+    fn lose(&mut self, space: u8, kind: RecordKind, covered: &[u32]) {
+        self.certain.retain(|(other, other_kind, stored)| {
+            let hangs = if kind == RecordKind::State {
+                *other_kind == kind && stored == covered
+            } else {
+                stored.starts_with(covered) || (covered.len() % BLOCK != 0 && stored == covered)
+            };
+            *other != space || !hangs
+        });
+    }
+
+    /// Tokens of `query` whose rows must come back, and the deepest state.
+    fn expect(&self, space: u8, query: &[u32]) -> (usize, usize) {
+        let is_certain = |kind, covered: &[u32]| self.certain.contains(&(space, kind, covered.to_vec()));
+        let full = (1..=query.len() / BLOCK).take_while(|n| is_certain(RecordKind::Rows, &query[..n * BLOCK])).count();
+        let whole = full * BLOCK;
+        let common = |stored: &[u32]| stored.iter().zip(query).take_while(|(a, b)| a == b).count();
+        let near = self.certain.iter().filter(|(other, kind, stored)| {
+            *other == space && *kind == RecordKind::Rows && stored.len() > whole && stored.len() <= whole + BLOCK
+        });
+        let rows = near.map(|(_, _, stored)| common(stored)).filter(|&n| n > whole).max().unwrap_or(whole);
+        let states = (0..=query.len()).rev().find(|&end| is_certain(RecordKind::State, &query[..end]));
+        (rows, states.unwrap_or(0))
+    }
+}
+
+/// Records of a put, and which they are.
+type Batch = (Vec<NewRecord>, Vec<(RecordKind, usize, usize)>);
+
+struct Run {
+    random: Random,
+    root: PathBuf,
+    store: Option<PromptStore>,
+    model: Model,
+    prompts: Vec<(u8, Vec<u32>)>,
+    waiting: Vec<(PutHandle, u8, Vec<u32>, Vec<(RecordKind, usize, usize)>)>,
+    n_evicted: u64,
+    tally: BTreeMap<&'static str, u64>,
+    asked: u64,
+    hit: u64,
+    trace: u64,
+}
+
+impl Run {
+    fn open(&mut self) {
+        self.store = None;
+        let path = Some(self.root.as_path());
+        let options = Options { disk_bytes: LIMIT, ram_bytes: 4 << 20, ..options(path) };
+        self.store = Some(PromptStore::open(options).unwrap());
+        // Evicting to the limit at the start counts as eviction.
+        self.n_evicted = 0;
+        self.notice_eviction();
+    }
+
+    fn store(&self) -> &PromptStore {
+        self.store.as_ref().unwrap()
+    }
+
+    fn notice_eviction(&mut self) {
+        let n_evicted = self.store().stats().n_evicted;
+        if n_evicted != self.n_evicted {
+            let before = self.model.certain.clone();
+            let n_gone = self.forget_evicted() as u64;
+            let gone: Vec<_> = before.difference(&self.model.certain).collect();
+            assert!(n_gone <= n_evicted - self.n_evicted, "{gone:?} are gone, {} evicted", n_evicted - self.n_evicted);
+            self.n_evicted = n_evicted;
+        }
+    }
+
+    /// What is listed, by name, with all tokens from the first on; without what hangs on nothing.
+    fn listed(&self) -> BTreeMap<String, Key> {
+        let mut known: BTreeMap<String, Key> = BTreeMap::new();
+        for Listed { record, parent, .. } in self.store().list() {
+            let before = if record.start == 0 { Some(Vec::new()) } else { None };
+            let before = before.or_else(|| known.get(&parent.to_string()).map(|(_, _, covered)| covered.clone()));
+            let Some(mut covered) = before else { continue };
+            covered.extend_from_slice(record.tokens());
+            let n = (0..2).find(|n| space(*n) == *record.space()).unwrap();
+            known.insert(record.id.to_string(), (n, record.kind, covered));
+        }
+        known
+    }
+
+    /// Keeps of the model what the list still has: what was evicted is known by its absence. Gives how many went.
+    fn forget_evicted(&mut self) -> usize {
+        let before = self.model.certain.len();
+        let known: BTreeSet<Key> = self.listed().into_values().collect();
+        self.model.certain.retain(|key| known.contains(key));
+        before - self.model.certain.len()
+    }
+
+    /// A prompt that shares its beginning with others.
+    fn prompt(&mut self) -> (u8, Vec<u32>) {
+        let fresh = self.prompts.is_empty() || self.random.below(6) == 0;
+        let (n, mut tokens) = if fresh {
+            (self.random.below(2) as u8, Vec::new())
+        } else {
+            let at = self.random.below(self.prompts.len());
+            self.prompts[at].clone()
+        };
+        if !tokens.is_empty() && self.random.below(3) == 0 {
+            tokens.truncate(self.random.below(tokens.len()));
+        }
+        let more = 1 + self.random.below(20);
+        let first = self.random.below(3) as u32;
+        tokens.extend((0..more as u32).map(|at| first + at % 3));
+        tokens.truncate(60);
+        (n, tokens)
+    }
+
+    fn batch(&mut self, n: u8, tokens: &[u32]) -> Batch {
+        let mut records = rows(&space(n), tokens, 0, 200 + self.random.below(SIZE));
+        if self.random.below(3) == 0 {
+            let end = tokens.len();
+            records.push(record(&space(n), tokens, RecordKind::State, end / BLOCK * BLOCK, end, 500));
+        }
+        let which = records.iter().map(|record| (record.kind, record.start, record.end)).collect();
+        (records, which)
+    }
+
+    fn put(&mut self, wait: bool) {
+        let (n, tokens) = self.prompt();
+        let (records, which) = self.batch(n, &tokens);
+        // Until it is acknowledged, what it goes on from may be gone or not.
+        self.model.doubt(n, &tokens, &which);
+        let handle = self.store().put(&space(n), &tokens, records);
+        if std::env::var_os("MLXRS_STORE_TRACE").is_some() {
+            eprintln!("  put {n} {tokens:?} {which:?}");
+        }
+        self.prompts.push((n, tokens.clone()));
+        if self.prompts.len() > 60 {
+            self.prompts.swap_remove(self.random.below(60));
+        }
+        self.waiting.push((handle, n, tokens, which));
+        if wait {
+            self.settle();
+        }
+    }
+
+    /// Waits for all puts; what they say to be durable must be found from now on.
+    fn settle(&mut self) {
+        for (handle, n, tokens, which) in std::mem::take(&mut self.waiting) {
+            let outcome = handle.wait(Some(Duration::from_secs(60)));
+            if std::env::var_os("MLXRS_STORE_TRACE").is_some() {
+                eprintln!("  done {n} {tokens:?} {outcome:?}");
+            }
+            match outcome {
+                Ok(Some(report)) if report.is_durable => {
+                    // A tail is not stored if a longer one is.
+                    let is_stored = |&(kind, start, end): &(RecordKind, usize, usize)| {
+                        let partial = self.store().find(&space(n), &tokens[..end]).partial;
+                        kind == RecordKind::State
+                            || end - start == BLOCK
+                            || partial.is_none_or(|partial| partial.end == end)
+                    };
+                    let which: Vec<_> = which.into_iter().filter(is_stored).collect();
+                    self.model.add(n, &tokens, &which);
+                }
+                Ok(Some(_)) => {
+                    self.model.doubt(n, &tokens, &which);
+                    self.count("puts that stay in memory");
+                }
+                Ok(None) => panic!("no outcome in a minute"),
+                Err(error) => {
+                    self.model.doubt(n, &tokens, &which);
+                    self.count("puts that fail");
+                    assert!(error.to_string().contains("os error"), "{error}");
+                }
+            }
+        }
+        self.notice_eviction();
+    }
+
+    fn ask(&mut self) {
+        let (n, mut query) =
+            if self.prompts.is_empty() { (0, vec![1]) } else { self.random.pick(&self.prompts).clone() };
+        if self.random.below(3) == 0 {
+            query = self.prompt().1;
+        }
+        self.check(n, &query);
+    }
+
+    fn check(&mut self, n: u8, query: &[u32]) {
+        let expected = self.model.expect(n, query);
+        let (rows, state) = restore(self.store(), &space(n), query);
+        self.asked += 1;
+        self.hit += u64::from(rows > 0);
+        self.notice_eviction();
+        let still = self.model.expect(n, query);
+        let expected = (expected.0.min(still.0), expected.1.min(still.1));
+        assert!(rows >= expected.0 && state >= expected.1, "{query:?}: {rows}, {state} but {expected:?} is there");
+        assert!(rows <= query.len() && state <= query.len());
+    }
+
+    fn record_files(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.root.join("records")).unwrap();
+        let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        files
+    }
+
+    /// Damages a record, and forgets in the model what hangs on it.
+    fn damage_record(&mut self) {
+        self.settle();
+        let files = self.record_files();
+        if files.is_empty() {
+            return;
+        }
+        let path = self.random.pick(&files).clone();
+        let id = path.file_name().unwrap().to_str().unwrap()[..64].to_owned();
+        // One that hangs on nothing is found by nobody, but counts as stored.
+        let lost = self.listed().remove(&id);
+        let lost = lost.map_or_else(|| self.model.all.iter().cloned().collect(), |key| vec![key]);
+        for (n, kind, covered) in lost {
+            self.model.lose(n, kind, &covered);
+            self.model.damaged.push((path.clone(), (n, kind, covered)));
+        }
+        let size = fs::metadata(&path).unwrap().len();
+        match self.random.below(4) {
+            0 => OpenOptions::new().write(true).open(&path).unwrap().set_len(self.random.next() % size).unwrap(),
+            1 => fs::remove_file(&path).unwrap(),
+            _ => flip(&path, self.random.next() % (size * 8)),
+        }
+        if std::env::var_os("MLXRS_STORE_TRACE").is_some() {
+            eprintln!("  damaged {id}");
+        }
+        self.count("damaged records");
+    }
+
+    /// Damages the index while nobody has it open, and lets the store mend it.
+    fn damage_index(&mut self) {
+        self.settle();
+        self.store = None;
+        let path = self.root.join("index.sqlite");
+        let size = fs::metadata(&path).unwrap().len();
+        match self.random.below(5) {
+            0 => fs::remove_file(&path).unwrap(),
+            1 => OpenOptions::new().write(true).open(&path).unwrap().set_len(self.random.next() % size).unwrap(),
+            2 => fs::write(&path, b"no database").unwrap(),
+            _ => {
+                for _ in 0..=self.random.below(20) {
+                    flip(&path, self.random.next() % (size * 8));
+                }
+            }
+        }
+        self.open();
+        // Before it is mended, whatever is found is right; not all need be.
+        for _ in 0..3 {
+            let (n, query) = self.prompts.first().cloned().unwrap_or((0, vec![1]));
+            let _ = restore(self.store(), &space(n), &query);
+        }
+        let verified = self.store().verify(true).unwrap();
+        assert!(verified.is_repaired);
+        self.notice_eviction();
+        assert_eq!(self.store().verify(false).unwrap().faults, Vec::<String>::new());
+        self.count("damaged indices");
+    }
+
+    /// Puts while the disk fails.
+    fn fail(&mut self) {
+        self.settle();
+        let steps = [
+            Step::Reserve,
+            Step::Create,
+            Step::Write,
+            Step::Sync,
+            Step::Rename,
+            Step::FolderSync,
+            Step::Index,
+            Step::Unlink,
+        ];
+        let step = *self.random.pick(&steps);
+        let root = self.root.clone();
+        plan(&root, Some((step, self.random.below(3) as u32, *self.random.pick(&[28, 5]))));
+        for _ in 0..=self.random.below(3) {
+            self.put(true);
+        }
+        plan(&root, None);
+        self.count("failing disks");
+    }
+
+    /// Leaves what a killed process leaves: a temporary file, a lock, a record that is not in the index.
+    fn leave_strays(&mut self) {
+        self.settle();
+        // Damaged records that nobody has met yet.
+        self.store().verify(true).unwrap();
+        self.store = None;
+        fs::write(self.root.join("owners/00000000deadbeef.lock"), b"").unwrap();
+        fs::write(self.root.join("tmp/00000000deadbeef-1-0000000000000001.tmp"), vec![7; 50_000]).unwrap();
+        let files = self.record_files();
+        if !files.is_empty() {
+            let path = self.random.pick(&files);
+            let name = path.file_name().unwrap().to_str().unwrap();
+            fs::copy(path, path.with_file_name(format!("{}-0000000000000001.safetensors", &name[..64]))).unwrap();
+        }
+        self.open();
+        assert_eq!(fs::read_dir(self.root.join("tmp")).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(self.root.join("owners")).unwrap().count(), 1);
+        assert_eq!(self.store().verify(false).unwrap().faults, Vec::<String>::new());
+        self.count("strays");
+    }
+
+    fn step(&mut self) {
+        let choice = self.random.below(100);
+        if std::env::var_os("MLXRS_STORE_TRACE").is_some() {
+            eprintln!(
+                "operation {}: {choice}, {} certain, {} evicted",
+                self.trace,
+                self.model.certain.len(),
+                self.n_evicted
+            );
+        }
+        match choice {
+            0..35 => self.put(true),
+            35..45 => self.put(false),
+            45..80 => self.ask(),
+            80..83 => {
+                self.settle();
+                let (n, tokens) = self.prompt();
+                self.store().pin(&space(n), &tokens).unwrap();
+            }
+            83..87 => {
+                self.settle();
+                for (n, tokens) in self.prompts.clone() {
+                    self.store().unpin(&space(n), &tokens).unwrap();
+                }
+            }
+            87..89 => {
+                self.settle();
+                let target = self.random.next() % LIMIT;
+                self.store().prune(Some(target)).unwrap();
+                self.notice_eviction();
+            }
+            89..91 => {
+                self.settle();
+                let repair = self.random.below(2) == 0;
+                self.store().verify(repair).unwrap();
+            }
+            91..93 => {
+                self.settle();
+                self.open();
+                self.count("restarts");
+            }
+            93..96 => self.damage_record(),
+            96 => self.damage_index(),
+            97 => self.leave_strays(),
+            98 => self.fail(),
+            _ => {
+                if self.random.below(10) == 0 {
+                    self.settle();
+                    self.store().clear().unwrap();
+                    self.model.certain.clear();
+                    self.n_evicted = self.store().stats().n_evicted;
+                }
+            }
+        }
+        let size = folder_size(&self.root);
+        assert!(size <= LIMIT, "{size} bytes");
+    }
+
+    fn count(&mut self, what: &'static str) {
+        *self.tally.entry(what).or_default() += 1;
+    }
+}
+
+/// Where a record begins that ends after `end` tokens.
+fn start_of(kind: RecordKind, end: usize) -> usize {
+    match kind {
+        RecordKind::Rows => (end - 1) / BLOCK * BLOCK,
+        RecordKind::State => end / BLOCK * BLOCK,
+    }
+}
+
+fn flip(path: &Path, bit: u64) {
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, bit / 8).unwrap();
+    byte[0] ^= 1 << (bit % 8);
+    file.write_all_at(&byte, bit / 8).unwrap();
+}
+
+#[test]
+#[expect(clippy::print_stdout, reason = "the hit rate is the result")]
+fn random_operations_and_faults_give_no_wrong_hit_and_no_unexplained_miss() {
+    let n_operations = env_number("MLXRS_STORE_OPERATIONS", 2_000);
+    let seed = env_number("MLXRS_SEED", 20_251_126);
+    let folder = tempdir().unwrap();
+    let mut run = Run {
+        random: Random(seed),
+        root: folder.path().join("store"),
+        store: None,
+        model: Model::default(),
+        prompts: Vec::new(),
+        waiting: Vec::new(),
+        n_evicted: 0,
+        tally: BTreeMap::new(),
+        asked: 0,
+        hit: 0,
+        trace: 0,
+    };
+    run.open();
+    for operation in 0..n_operations {
+        run.trace = operation;
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run.step()));
+        assert!(outcome.is_ok(), "operation {operation} of seed {seed}");
+    }
+    run.settle();
+    let certain = run.model.certain.clone();
+    for (n, kind, covered) in certain {
+        if kind == RecordKind::Rows {
+            run.check(n, &covered);
+        }
+    }
+    let rate = 100.0 * run.hit as f64 / run.asked.max(1) as f64;
+    println!("{n_operations} operations, seed {seed}: {} queries, {rate:.1} % hit, 0 wrong, 0 unexplained", run.asked);
+    println!("{:?}", run.tally);
+    assert!(rate > 30.0, "so few hits prove little");
+}
