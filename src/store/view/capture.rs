@@ -60,14 +60,14 @@ impl Recorder {
             self.exact_to = n_tokens;
         }
         self.at = n_tokens;
-        let wanted = self.wanted(n_tokens, is_last);
+        let wanted = self.wanted(n_tokens, is_last, keep);
         let missing = self.view.store.missing(&self.view.space, tokens, &wanted);
         let mut handles = Vec::new();
         let mut batch = Batch::default();
         for wanted in wanted.iter().zip(missing).filter_map(|(wanted, is_missing)| is_missing.then_some(wanted)) {
             batch.add(match wanted.kind {
                 RecordKind::Rows => self.rows(leaves, wanted)?,
-                RecordKind::State => states(leaves, wanted, keep)?,
+                RecordKind::State => states(leaves, wanted)?,
             });
             if batch.n_bytes >= BATCH {
                 handles.push(self.view.store.put(&self.view.space, tokens, batch.take()?));
@@ -81,7 +81,7 @@ impl Recorder {
     }
 
     /// The records of the caches' tokens that were not looked at yet.
-    fn wanted(&self, n_tokens: usize, is_last: bool) -> Vec<Wanted> {
+    fn wanted(&self, n_tokens: usize, is_last: bool, keep: bool) -> Vec<Wanted> {
         let block = self.view.store.block_tokens();
         let grid = |end: usize| if end <= self.exact_to { self.grid } else { 0 };
         let starts = (self.blocks_end..n_tokens).step_by(block);
@@ -93,10 +93,11 @@ impl Recorder {
             end,
             grid: grid(end),
             complete_from: start,
+            keep: false,
         });
         let state = self.view.has_states().then(|| {
             let start = n_tokens / block * block;
-            Wanted { kind: RecordKind::State, start, end: n_tokens, grid: grid(n_tokens), complete_from: start }
+            Wanted { kind: RecordKind::State, start, end: n_tokens, grid: grid(n_tokens), complete_from: start, keep }
         });
         rows.chain(state).collect()
     }
@@ -171,8 +172,8 @@ fn joined(before: &KvTensor, after: &KvTensor) -> Result<KvTensor> {
 }
 
 /// The record of the states of the layers that have such.
-fn states(leaves: &[Cache], wanted: &Wanted, keep: bool) -> Result<Cut> {
-    let mut cut = Cut { keep, ..Cut::new(wanted) };
+fn states(leaves: &[Cache], wanted: &Wanted) -> Result<Cut> {
+    let mut cut = Cut::new(wanted);
     for (at, leaf) in leaves.iter().enumerate() {
         let Cache::Arrays(cache) = leaf else { continue };
         if cache.left_padding.is_some() || cache.lengths.is_some() {
@@ -199,8 +200,8 @@ struct Cut {
 
 impl Cut {
     fn new(wanted: &Wanted) -> Self {
-        let Wanted { kind, start, end, grid, complete_from } = *wanted;
-        Self { kind, start, end, grid, complete_from, keep: false, layout: String::new(), tensors: Vec::new() }
+        let Wanted { kind, start, end, grid, complete_from, keep } = *wanted;
+        Self { kind, start, end, grid, complete_from, keep, layout: String::new(), tensors: Vec::new() }
     }
 }
 

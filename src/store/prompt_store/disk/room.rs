@@ -5,7 +5,7 @@ use super::owner;
 use super::query::{self, Snapshot};
 use super::row::Row;
 use crate::store::prompt_store::ram::is_needless;
-use crate::store::prompt_store::record::{Record, RecordKind, replaces};
+use crate::store::prompt_store::record::{Record, RecordKind};
 use crate::store::prompt_store::walk::Tree as _;
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 use std::collections::HashSet;
@@ -154,9 +154,7 @@ pub fn admit(
 /// Whether the disk has all that `record` has: itself, or rows that go on where it ends.
 fn is_stored(transaction: &Transaction<'_>, record: &Record) -> rusqlite::Result<bool> {
     let entry = &record.entry;
-    let is_less = |stored: &crate::store::prompt_store::record::Entry| {
-        replaces((entry.grid, entry.complete_from), (stored.grid, stored.complete_from))
-    };
+    let is_less = |stored: &crate::store::prompt_store::record::Entry| entry.worth().replaces(stored.worth());
     if let Some(row) = query::row_in(transaction, super::row::slot(&entry.id))?
         && row.entry.id == entry.id
         && !is_less(&row.entry)
