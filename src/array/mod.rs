@@ -4,11 +4,13 @@ mod bytes;
 mod dtype;
 mod fresh;
 mod host;
+mod lazy;
 mod rows;
 
 pub use bytes::{Bytes, Downloader};
 pub use dtype::Dtype;
 pub use fresh::{DeviceBuffer, DeviceMemory, HostBuffer, Uploader};
+pub use lazy::LazyTensors;
 
 #[cfg(doc)]
 use crate::error::Error;
