@@ -9,8 +9,8 @@ use std::process::{Command, exit};
 const MLX_VERSION: &str = "0.32.4";
 
 /// The parts of mlx-c that the crate calls.
-const MLX_C: [&str; 11] =
-    ["array", "cuda", "device", "error", "memory", "metal", "ops", "stream", "string", "transforms", "vector"];
+const MLX_C: [&str; 12] =
+    ["array", "cuda", "device", "error", "map", "memory", "metal", "ops", "stream", "string", "transforms", "vector"];
 
 fn main() {
     for name in ["MLXRS_MLX_DIR", "PYO3_PYTHON", "VIRTUAL_ENV", "LIBCLANG_PATH"] {

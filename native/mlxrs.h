@@ -5,6 +5,7 @@
 #include "mlx/c/cuda.h"
 #include "mlx/c/device.h"
 #include "mlx/c/error.h"
+#include "mlx/c/map.h"
 #include "mlx/c/memory.h"
 #include "mlx/c/metal.h"
 #include "mlx/c/ops.h"
@@ -39,6 +40,12 @@ mlx_array mlxrs_scheduled_ancestor(const mlx_array array);
 /* Where a computed array on a CUDA device lies: its first element, the bytes from there to the end of its buffer, and
    whether that is memory of the device or unified. False if it has none. */
 bool mlxrs_cuda_memory(const mlx_array array, void** data, size_t* size, bool* on_device);
+
+/* The tensors of an open safetensors file by name: arrays that are read when they are computed. The file descriptor is
+   taken over, and closed with the last of them, or now on failure. Reading fails if the file is short, or if its size and
+   time of change are not those given. 0 on success, else after the error handler. */
+int mlxrs_lazy_tensors(mlx_map_string_to_array* res, int file, const char* path, int64_t size, int64_t seconds,
+                       int64_t nanoseconds);
 
 /* MLX's version as libmlx, loaded now, tells it. */
 const char* mlxrs_mlx_version(void);

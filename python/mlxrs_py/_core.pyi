@@ -785,7 +785,11 @@ def check_save(metadata: Mapping[str, str], format: str) -> None:  # noqa: A002
     """Raise what a save with this metadata and format would raise."""
 
 def load_prompt_cache(
-    file_name: str | PathLike[str], return_metadata: bool = False, *, threads: int | None = None
+    file_name: str | PathLike[str],
+    return_metadata: bool = False,
+    *,
+    threads: int | None = None,
+    lazy: bool = False,
 ) -> Any:
     """Load the caches of a file that we or mlx-lm wrote, in either format.
 
@@ -795,6 +799,11 @@ def load_prompt_cache(
     ``threads`` read at once, straight to each row's place; on CUDA through pinned memory into device memory. None: the
     environment variable ``MLXRS_PY_THREADS``, else the number of cores, at most 8. Pinned memory, 128 MiB at most, is
     kept for the next load.
+
+    ``lazy``: header and sizes are checked, and MLX reads each array when it is first computed, as after mlx-lm's load.
+    The arrays are the same, bit for bit. The file stays open until all are read; if it is short or was written by then,
+    the computation fails. A save in its place is another file, and harms nothing. As all lazy arrays of MLX they are
+    computed on the thread that made them.
 
     Errors: CacheFormatError for a file that is damaged or lies, before anything is built, or that changes while it is
     read; OSError if it cannot be read.

@@ -4,6 +4,7 @@ mod bytes;
 mod dtype;
 mod fresh;
 mod host;
+mod lazy;
 pub mod memory;
 mod pending;
 mod rows;
@@ -11,6 +12,7 @@ mod rows;
 pub use bytes::{Bytes, Downloader};
 pub use dtype::Dtype;
 pub use fresh::{DeviceBuffer, DeviceMemory, HostBuffer, Uploader};
+pub use lazy::LazyTensors;
 pub use memory::{active_memory, peak_memory, reset_peak_memory};
 pub use pending::Pending;
 

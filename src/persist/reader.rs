@@ -1,9 +1,10 @@
 //! Reads a cache file: everything is checked before anything is built.
 
+use super::Metadata;
 use super::header::{self, Header, TensorInfo};
+use super::restore::{self, When};
 use super::wire::{self, Decoded, Format};
-use super::{Metadata, restore};
-use crate::array::Array;
+use crate::array::{Array, LazyTensors};
 use crate::cache::{Cache, CacheState};
 use crate::error::{Error, Result};
 use std::fs::{File, OpenOptions};
@@ -69,7 +70,16 @@ impl CacheFile {
     /// [`Error::Io`] if reading fails, [`Error::Format`] if the file became shorter or changes while it is read,
     /// [`Error::Mlx`] if memory is short.
     pub fn read(self, threads: Option<NonZero<usize>>) -> Result<(Vec<CacheState<Array>>, Metadata)> {
-        Ok((restore::read(&self.data, self.caches, threads)?, self.metadata))
+        Ok((restore::read(&self.data, self.caches, When::Now(threads))?, self.metadata))
+    }
+
+    /// As [`read`](Self::read), but each tensor is read when it is first computed. The file is kept open for as long. If it
+    /// is short or was written by then, the computation fails.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if MLX refuses the header, [`Error::Format`] if the file has changed already.
+    pub fn read_at_first_use(self) -> Result<(Vec<CacheState<Array>>, Metadata)> {
+        Ok((restore::read(&self.data, self.caches, When::AtFirstUse)?, self.metadata))
     }
 
     /// Reads every byte of every tensor and keeps none; gives their number.
@@ -144,6 +154,11 @@ impl Data {
     /// Where the data begins in the file.
     pub fn start(&self) -> u64 {
         self.start
+    }
+
+    /// The tensors, unread.
+    pub fn lazy_tensors(&self, op: &'static str) -> Result<LazyTensors> {
+        LazyTensors::open(op, &self.file, &self.path)
     }
 
     /// Fails if somebody wrote into the file since it was opened.

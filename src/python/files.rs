@@ -107,17 +107,19 @@ fn metadata_from_python(metadata: &Bound<'_, PyAny>) -> PyResult<Metadata> {
 /// Loads the caches of a file that we or mlx-lm wrote, in either format. With `return_metadata` a pair
 /// (caches, metadata).
 #[pyfunction]
-#[pyo3(signature = (file_name, return_metadata = false, *, threads = None))]
+#[pyo3(signature = (file_name, return_metadata = false, *, threads = None, lazy = false))]
 pub(super) fn load_prompt_cache(
     py: Python<'_>,
     file_name: PathBuf,
     return_metadata: bool,
     threads: Option<i64>,
+    lazy: bool,
 ) -> PyResult<Bound<'_, PyAny>> {
     let threads = at_least_one("load_prompt_cache", threads)?;
     let (path, (states, metadata)) = py.detach(|| {
         let file = CacheFile::open(&file_name)?;
-        Ok::<_, Error>((file.path().to_owned(), file.read(threads)?))
+        let path = file.path().to_owned();
+        Ok::<_, Error>((path, if lazy { file.read_at_first_use()? } else { file.read(threads)? }))
     })?;
     let one = |(layer, state): (usize, _)| build(py, &path, &layer.to_string(), state);
     let caches = states.into_iter().enumerate().map(one).collect::<PyResult<Vec<_>>>()?;
