@@ -152,7 +152,9 @@ fn processes_that_are_killed_leave_a_store_in_order() {
     assert_eq!(stats.n_rebuilds, 0);
     assert_eq!(fs::read_dir(root.join("records")).unwrap().count() as u64, stats.disk_records, "strays");
     assert!(folder_size(&root) <= LIMIT);
-    println!("{seconds} s, seed {seed}: {n_deaths} of {N_CHILDREN} processes died, {n_kills} killed from outside,");
+    println!(
+        "{seconds} s, seed {seed}: {N_CHILDREN} processes at a time, {n_deaths} died, {n_kills} of them killed from outside,"
+    );
     println!("at most {largest} of {LIMIT} bytes, {} records at the end, 0 wrong, 0 strays", stats.disk_records);
     assert!(stats.disk_records > 0);
 }
