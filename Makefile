@@ -102,7 +102,7 @@ bench: build ## update, save, load and lookup beside mlx-lm's, in one run; then 
 	$(BIN)/python benches/python/update.py
 	$(BIN)/python benches/python/files.py
 	$(BIN)/python benches/python/lookup.py
-	cargo bench --quiet --bench update
+	cargo bench --quiet --bench update --bench store
 
 clean: ## remove all that was built
 	rm -rf target dist .venv .venv312 .venv313
