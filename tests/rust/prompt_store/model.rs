@@ -62,7 +62,7 @@ impl Model {
             let hangs = if kind == RecordKind::State {
                 *other_kind == kind && stored == covered
             } else {
-                stored.starts_with(covered) || (covered.len() % BLOCK != 0 && stored == covered)
+                stored.starts_with(covered) || (!covered.len().is_multiple_of(BLOCK) && stored == covered)
             };
             *other != space || !hangs
         });
@@ -83,8 +83,11 @@ impl Model {
     }
 }
 
-/// Records of a put, and which they are.
-type Batch = (Vec<NewRecord>, Vec<(RecordKind, usize, usize)>);
+/// Records of a put: kind, start and end.
+type Which = Vec<(RecordKind, usize, usize)>;
+
+/// The same with their bytes.
+type Batch = (Vec<NewRecord>, Which);
 
 struct Run {
     random: Random,
@@ -92,7 +95,7 @@ struct Run {
     store: Option<PromptStore>,
     model: Model,
     prompts: Vec<(u8, Vec<u32>)>,
-    waiting: Vec<(PutHandle, u8, Vec<u32>, Vec<(RecordKind, usize, usize)>)>,
+    waiting: Vec<(PutHandle, u8, Vec<u32>, Which)>,
     n_evicted: u64,
     tally: BTreeMap<&'static str, u64>,
     asked: u64,
