@@ -104,7 +104,7 @@ asan: build ## the Rust tests under AddressSanitizer (needs a nightly toolchain)
 bench: build ## everything beside mlx-lm and the machine's limit, in one run; then Rust alone
 	$(INSTALL) $(PLOTTING)
 	$(BIN)/python benches/python/run.py --json target/bench/cpu.json --plots target/bench $(BENCH)
-	cargo bench --quiet --bench update --bench pure
+	cargo bench --quiet --bench update --bench pure --bench store
 
 bench-gpu: ## the same on a GPU, with a Python that has MLX for it, mlx-lm and this project: make bench-gpu PYTHON=…
 	$(PYTHON) benches/python/run.py --device gpu --json target/bench/gpu.json $(BENCH)

@@ -117,7 +117,6 @@ def test_a_missing_store_is_an_error_and_is_not_made(action, tmp_path, capsys):
 
 
 def test_the_tree_of_prefixes_is_drawn(folder, capsys, tmp_path):
-    pytest.importorskip("matplotlib")
     # Where matplotlib runs for the first time it may say so.
     code, _, _ = run(capsys, "stats", "--plot", tmp_path / "tree.png", "--store", folder)
     assert code == 0
@@ -126,7 +125,6 @@ def test_the_tree_of_prefixes_is_drawn(folder, capsys, tmp_path):
 
 @pytest.mark.parametrize("hits", [0, 5])
 def test_a_picture_needs_no_hits_and_no_parents(hits, tmp_path):
-    pytest.importorskip("matplotlib")
     facts = {"space": "5e", "bytes": 10, "hits": hits, "used": 0.0, "pinned": True, "tier": "ram"}
     rows = {**facts, "id": "a", "parent": "gone", "kind": "rows", "start": 256, "end": 512}
     state = {**facts, "id": "b", "parent": "a", "kind": "state", "start": 256, "end": 300}

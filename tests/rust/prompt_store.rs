@@ -2,4 +2,6 @@
 
 mod basics;
 mod common;
+mod flips;
 mod model;
+mod processes;

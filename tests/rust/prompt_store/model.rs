@@ -3,7 +3,7 @@
 //! `MLXRS_STORE_OPERATIONS` sets how many, `MLXRS_SEED` which ones.
 
 use super::common::*;
-use mlxrs_py::store::prompt_store::{Listed, NewRecord, Options, PromptStore, PutHandle, RecordKind, Step};
+use mlxrs_py::store::prompt_store::{Listed, NewRecord, Options, PromptStore, PutHandle, RecordKind, Step, Tier};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -62,7 +62,7 @@ impl Model {
             let hangs = if kind == RecordKind::State {
                 *other_kind == kind && stored == covered
             } else {
-                stored.starts_with(covered) || (covered.len() % BLOCK != 0 && stored == covered)
+                stored.starts_with(covered) || (!covered.len().is_multiple_of(BLOCK) && stored == covered)
             };
             *other != space || !hangs
         });
@@ -83,8 +83,11 @@ impl Model {
     }
 }
 
-/// Records of a put, and which they are.
-type Batch = (Vec<NewRecord>, Vec<(RecordKind, usize, usize)>);
+/// Records of a put: kind, start and end.
+type Which = Vec<(RecordKind, usize, usize)>;
+
+/// The same with their bytes.
+type Batch = (Vec<NewRecord>, Which);
 
 struct Run {
     random: Random,
@@ -92,12 +95,11 @@ struct Run {
     store: Option<PromptStore>,
     model: Model,
     prompts: Vec<(u8, Vec<u32>)>,
-    waiting: Vec<(PutHandle, u8, Vec<u32>, Vec<(RecordKind, usize, usize)>)>,
+    waiting: Vec<(PutHandle, u8, Vec<u32>, Which)>,
     n_evicted: u64,
     tally: BTreeMap<&'static str, u64>,
     asked: u64,
     hit: u64,
-    trace: u64,
 }
 
 impl Run {
@@ -108,44 +110,45 @@ impl Run {
         self.store = Some(PromptStore::open(options).unwrap());
         // Evicting to the limit at the start counts as eviction.
         self.n_evicted = 0;
-        self.notice_eviction();
     }
 
     fn store(&self) -> &PromptStore {
         self.store.as_ref().unwrap()
     }
 
+    /// Takes out of the model what was evicted, which is known by its absence; no more may be gone than were evicted.
     fn notice_eviction(&mut self) {
         let n_evicted = self.store().stats().n_evicted;
         if n_evicted != self.n_evicted {
-            let before = self.model.certain.clone();
-            let n_gone = self.forget_evicted() as u64;
-            let gone: Vec<_> = before.difference(&self.model.certain).collect();
-            assert!(n_gone <= n_evicted - self.n_evicted, "{gone:?} are gone, {} evicted", n_evicted - self.n_evicted);
-            self.n_evicted = n_evicted;
+            self.look_for_gone(n_evicted);
         }
+    }
+
+    fn look_for_gone(&mut self, n_evicted: u64) {
+        let known: BTreeSet<Key> = self.listed().into_values().map(|(key, _)| key).collect();
+        // What memory has too, after a put that failed, may have gone from the disk unseen.
+        let in_memory: BTreeSet<Key> =
+            self.listed().into_values().filter(|(_, tier)| *tier == Tier::Ram).map(|(key, _)| key).collect();
+        self.model.certain.retain(|key| !in_memory.contains(key));
+        let (kept, gone): (BTreeSet<Key>, BTreeSet<Key>) =
+            std::mem::take(&mut self.model.certain).into_iter().partition(|key| known.contains(key));
+        let n_new = n_evicted - self.n_evicted;
+        assert!(gone.len() as u64 <= n_new, "{gone:?} are gone, {n_new} were evicted");
+        (self.model.certain, self.n_evicted) = (kept, n_evicted);
     }
 
     /// What is listed, by name, with all tokens from the first on; without what hangs on nothing.
-    fn listed(&self) -> BTreeMap<String, Key> {
-        let mut known: BTreeMap<String, Key> = BTreeMap::new();
+    fn listed(&self) -> BTreeMap<String, (Key, Tier)> {
+        let mut known: BTreeMap<String, (Key, Tier)> = BTreeMap::new();
         for Listed { record, parent, .. } in self.store().list() {
             let before = if record.start == 0 { Some(Vec::new()) } else { None };
-            let before = before.or_else(|| known.get(&parent.to_string()).map(|(_, _, covered)| covered.clone()));
+            let before = before.or_else(|| known.get(&parent.to_string()).map(|((_, _, covered), _)| covered.clone()));
             let Some(mut covered) = before else { continue };
             covered.extend_from_slice(record.tokens());
             let n = (0..2).find(|n| space(*n) == *record.space()).unwrap();
-            known.insert(record.id.to_string(), (n, record.kind, covered));
+            known.insert(record.id.to_string(), ((n, record.kind, covered), record.tier));
         }
         known
-    }
-
-    /// Keeps of the model what the list still has: what was evicted is known by its absence. Gives how many went.
-    fn forget_evicted(&mut self) -> usize {
-        let before = self.model.certain.len();
-        let known: BTreeSet<Key> = self.listed().into_values().collect();
-        self.model.certain.retain(|key| known.contains(key));
-        before - self.model.certain.len()
     }
 
     /// A prompt that shares its beginning with others.
@@ -183,9 +186,6 @@ impl Run {
         // Until it is acknowledged, what it goes on from may be gone or not.
         self.model.doubt(n, &tokens, &which);
         let handle = self.store().put(&space(n), &tokens, records);
-        if std::env::var_os("MLXRS_STORE_TRACE").is_some() {
-            eprintln!("  put {n} {tokens:?} {which:?}");
-        }
         self.prompts.push((n, tokens.clone()));
         if self.prompts.len() > 60 {
             self.prompts.swap_remove(self.random.below(60));
@@ -199,11 +199,7 @@ impl Run {
     /// Waits for all puts; what they say to be durable must be found from now on.
     fn settle(&mut self) {
         for (handle, n, tokens, which) in std::mem::take(&mut self.waiting) {
-            let outcome = handle.wait(Some(Duration::from_secs(60)));
-            if std::env::var_os("MLXRS_STORE_TRACE").is_some() {
-                eprintln!("  done {n} {tokens:?} {outcome:?}");
-            }
-            match outcome {
+            match handle.wait(Some(Duration::from_secs(60))) {
                 Ok(Some(report)) if report.is_durable => {
                     // A tail is not stored if a longer one is.
                     let is_stored = |&(kind, start, end): &(RecordKind, usize, usize)| {
@@ -269,7 +265,7 @@ impl Run {
         let id = path.file_name().unwrap().to_str().unwrap()[..64].to_owned();
         // One that hangs on nothing is found by nobody, but counts as stored.
         let lost = self.listed().remove(&id);
-        let lost = lost.map_or_else(|| self.model.all.iter().cloned().collect(), |key| vec![key]);
+        let lost: Vec<Key> = lost.map_or_else(|| self.model.all.iter().cloned().collect(), |(key, _)| vec![key]);
         for (n, kind, covered) in lost {
             self.model.lose(n, kind, &covered);
             self.model.damaged.push((path.clone(), (n, kind, covered)));
@@ -279,9 +275,6 @@ impl Run {
             0 => OpenOptions::new().write(true).open(&path).unwrap().set_len(self.random.next() % size).unwrap(),
             1 => fs::remove_file(&path).unwrap(),
             _ => flip(&path, self.random.next() % (size * 8)),
-        }
-        if std::env::var_os("MLXRS_STORE_TRACE").is_some() {
-            eprintln!("  damaged {id}");
         }
         self.count("damaged records");
     }
@@ -310,7 +303,7 @@ impl Run {
         }
         let verified = self.store().verify(true).unwrap();
         assert!(verified.is_repaired);
-        self.notice_eviction();
+        self.look_for_gone(self.store().stats().n_evicted);
         assert_eq!(self.store().verify(false).unwrap().faults, Vec::<String>::new());
         self.count("damaged indices");
     }
@@ -353,6 +346,7 @@ impl Run {
             fs::copy(path, path.with_file_name(format!("{}-0000000000000001.safetensors", &name[..64]))).unwrap();
         }
         self.open();
+        self.look_for_gone(self.store().stats().n_evicted);
         assert_eq!(fs::read_dir(self.root.join("tmp")).unwrap().count(), 0);
         assert_eq!(fs::read_dir(self.root.join("owners")).unwrap().count(), 1);
         assert_eq!(self.store().verify(false).unwrap().faults, Vec::<String>::new());
@@ -360,16 +354,7 @@ impl Run {
     }
 
     fn step(&mut self) {
-        let choice = self.random.below(100);
-        if std::env::var_os("MLXRS_STORE_TRACE").is_some() {
-            eprintln!(
-                "operation {}: {choice}, {} certain, {} evicted",
-                self.trace,
-                self.model.certain.len(),
-                self.n_evicted
-            );
-        }
-        match choice {
+        match self.random.below(100) {
             0..35 => self.put(true),
             35..45 => self.put(false),
             45..80 => self.ask(),
@@ -398,6 +383,7 @@ impl Run {
             91..93 => {
                 self.settle();
                 self.open();
+                self.look_for_gone(self.store().stats().n_evicted);
                 self.count("restarts");
             }
             93..96 => self.damage_record(),
@@ -413,20 +399,15 @@ impl Run {
                 }
             }
         }
+        if self.waiting.is_empty() && self.random.below(16) == 0 {
+            self.look_for_gone(self.store().stats().n_evicted);
+        }
         let size = folder_size(&self.root);
         assert!(size <= LIMIT, "{size} bytes");
     }
 
     fn count(&mut self, what: &'static str) {
         *self.tally.entry(what).or_default() += 1;
-    }
-}
-
-/// Where a record begins that ends after `end` tokens.
-fn start_of(kind: RecordKind, end: usize) -> usize {
-    match kind {
-        RecordKind::Rows => (end - 1) / BLOCK * BLOCK,
-        RecordKind::State => end / BLOCK * BLOCK,
     }
 }
 
@@ -455,11 +436,9 @@ fn random_operations_and_faults_give_no_wrong_hit_and_no_unexplained_miss() {
         tally: BTreeMap::new(),
         asked: 0,
         hit: 0,
-        trace: 0,
     };
     run.open();
     for operation in 0..n_operations {
-        run.trace = operation;
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run.step()));
         assert!(outcome.is_ok(), "operation {operation} of seed {seed}");
     }

@@ -18,6 +18,10 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
+/// Records whose headers one thread reads at least, and threads that do.
+const OPENED_AT_ONCE: usize = 4;
+const MAX_OPENERS: usize = 8;
+
 /// Files of records that are open in this process.
 static N_OPEN: AtomicUsize = AtomicUsize::new(0);
 
@@ -136,8 +140,23 @@ impl Disk {
     /// Opens records; None for those that are gone, or wrong, which are put aside.
     pub(in super::super) fn open_records(self: &Arc<Self>, records: &[&RecordInfo]) -> Vec<Option<OpenRecord>> {
         let lease = self.lease(records).map(Arc::new);
+        let share = records.len().div_ceil(MAX_OPENERS).max(OPENED_AT_ONCE);
+        if records.len() <= share {
+            return self.open_some(records, lease.as_ref());
+        }
+        // Reading and checking a header takes a millisecond or so, which many records would add up.
+        std::thread::scope(|scope| {
+            let lease = lease.as_ref();
+            let open = |records| scope.spawn(move || self.open_some(records, lease));
+            let openers: Vec<_> = records.chunks(share).map(open).collect();
+            let opened = openers.into_iter().map(|o| o.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            opened.flatten().collect()
+        })
+    }
+
+    fn open_some(&self, records: &[&RecordInfo], lease: Option<&Arc<Lease>>) -> Vec<Option<OpenRecord>> {
         let now = room::now();
-        let opened = records.iter().map(|record| match self.open_record(record, lease.as_ref()) {
+        let opened = records.iter().map(|record| match self.open_record(record, lease) {
             Ok(opened) => {
                 let mut touched = lock(&self.touched);
                 let uses = touched.entry(slot(&record.id)).or_default();

@@ -1,5 +1,6 @@
 //! Room under the limit: what counts, who goes, and reservations before anything is written.
 
+use super::file::whole_pages;
 use super::folder::{Folder, files_size};
 use super::owner;
 use super::query::{self, Snapshot};
@@ -9,6 +10,7 @@ use crate::store::prompt_store::record::{Record, RecordKind};
 use crate::store::prompt_store::walk::Tree as _;
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 use std::collections::HashSet;
+use std::fs;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -106,7 +108,7 @@ pub fn admit(
     let mut slots = HashSet::new();
     for (at, (record, _)) in request.records.iter().enumerate() {
         let slot = super::row::slot(&record.entry.id);
-        if !slots.insert(slot) || is_stored(transaction, record)? {
+        if !slots.insert(slot) || is_stored(transaction, folder, record)? {
             n_present += 1;
             continue;
         }
@@ -151,14 +153,17 @@ pub fn admit(
     Ok(Answer::Granted(Granted { write, n_present, elsewhere }))
 }
 
-/// Whether the disk has all that `record` has: itself, or rows that go on where it ends.
-fn is_stored(transaction: &Transaction<'_>, record: &Record) -> rusqlite::Result<bool> {
+/// Whether the disk has all that `record` has: itself, or rows that go on where it ends. A look at the file tells whether
+/// it is still there, and whole.
+fn is_stored(transaction: &Transaction<'_>, folder: &Folder, record: &Record) -> rusqlite::Result<bool> {
     let entry = &record.entry;
-    let is_less = |stored: &crate::store::prompt_store::record::Entry| entry.worth().replaces(stored.worth());
-    if let Some(row) = query::row_in(transaction, super::row::slot(&entry.id))?
-        && row.entry.id == entry.id
-        && !is_less(&row.entry)
-    {
+    let serves = |row: &Row| {
+        let stored = &row.entry;
+        let size = fs::symlink_metadata(folder.records().join(row.file_name())).map(|meta| whole_pages(meta.len()));
+        !entry.worth().replaces(stored.worth()) && size.is_ok_and(|size| size == row.size)
+    };
+    let same = query::row_in(transaction, super::row::slot(&entry.id))?;
+    if same.is_some_and(|row| row.entry.id == entry.id && serves(&row)) {
         return Ok(true);
     }
     if entry.kind != RecordKind::Rows {
@@ -166,13 +171,11 @@ fn is_stored(transaction: &Transaction<'_>, record: &Record) -> rusqlite::Result
     }
     let snapshot = Snapshot::new(transaction);
     let longer = snapshot.after(&entry.parent, RecordKind::Rows, &entry.tokens);
-    let longer = snapshot.finish(longer)?;
-    Ok(longer.is_some_and(|longer| {
-        longer.parent == entry.parent
-            && longer.tokens.starts_with(&entry.tokens)
-            && is_needless(entry, &longer)
-            && !is_less(&longer)
-    }))
+    let longer = snapshot.finish(longer)?.filter(|longer| {
+        longer.parent == entry.parent && longer.tokens.starts_with(&entry.tokens) && is_needless(entry, longer)
+    });
+    let Some(longer) = longer else { return Ok(false) };
+    Ok(query::row_in(transaction, super::row::slot(&longer.id))?.is_some_and(|row| serves(&row)))
 }
 
 /// Records of `n_bytes` or more, as far as there are any to go: leaves before what they hang on, the least recently used
