@@ -2,7 +2,9 @@
 
 use super::{Runs, check, context};
 use crate::error::Result;
-use cudarc::driver::sys::{self, CUDA_MEMCPY2D_st, CUdeviceptr, CUmemorytype_enum, CUstream, CUstream_flags_enum};
+use cudarc::driver::sys::{
+    self, CUDA_MEMCPY2D_st, CUcontext, CUdeviceptr, CUmemorytype_enum, CUstream, CUstream_flags_enum,
+};
 
 /// One side of a copy.
 #[derive(Clone, Copy)]
@@ -11,23 +13,29 @@ pub(super) enum Side {
     Device(CUdeviceptr),
 }
 
-/// Does not leave the thread that made it: there its context is current.
+/// Does not leave the thread that made it: there its context is current for as long as it lives.
 pub(super) struct Stream {
     op: &'static str,
     raw: CUstream,
+    /// The thread's context before, which may be that of another device of MLX's.
+    before: CUcontext,
 }
 
 impl Stream {
     /// The context of MLX's device becomes this thread's.
     pub fn new(op: &'static str) -> Result<Self> {
         let super::Context(context) = context(op)?;
-        let mut raw = std::ptr::null_mut();
-        // SAFETY: a live context becomes this thread's; the out-parameter is a local.
+        let (mut raw, mut before) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: a live context becomes this thread's, or again the one before; out-parameters are locals.
         unsafe {
+            check(op, sys::cuCtxGetCurrent(&raw mut before))?;
             check(op, sys::cuCtxSetCurrent(context))?;
-            check(op, sys::cuStreamCreate(&raw mut raw, CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32))?;
+            let made = sys::cuStreamCreate(&raw mut raw, CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32);
+            check(op, made).inspect_err(|_| {
+                sys::cuCtxSetCurrent(before);
+            })?;
         }
-        Ok(Self { op, raw })
+        Ok(Self { op, raw, before })
     }
 
     pub const fn op(&self) -> &'static str {
@@ -99,6 +107,7 @@ impl Drop for Stream {
         unsafe {
             sys::cuStreamSynchronize(self.raw);
             sys::cuStreamDestroy_v2(self.raw);
+            sys::cuCtxSetCurrent(self.before);
         }
     }
 }
