@@ -110,8 +110,8 @@ impl Bytes {
             return Ok(());
         }
         let op = "snapshot";
-        let copies = all.iter().map(|bytes| Array::zeros(&bytes.shape, bytes.dtype)).collect::<Result<Vec<_>>>()?;
-        super::eval(op, &copies)?;
+        let shapes: Vec<_> = all.iter().map(|bytes| (bytes.shape.as_slice(), bytes.dtype)).collect();
+        let copies = super::fresh::device_zeros(op, &shapes)?;
         let whole = |copy: Array| {
             let n_bytes = copy.n_bytes();
             Self::new(op, copy, [1, n_bytes, n_bytes])

@@ -41,6 +41,28 @@ fn n_bytes(shape: &[i32], dtype: Dtype) -> Result<usize> {
     size.ok_or_else(|| Error::value("new array", "a shape that fits in memory", format!("{shape:?}")))
 }
 
+/// Zeros of these shapes, computed, in CUDA device memory. MLX may hand out a freed buffer that it moved to unified memory
+/// once, where copies take many times as long: such ones are returned to the system then, and others are taken.
+pub(super) fn device_zeros(op: &'static str, shapes: &[(&[i32], Dtype)]) -> Result<Vec<Array>> {
+    let zeros = || {
+        let arrays =
+            shapes.iter().map(|&(shape, dtype)| n_bytes(shape, dtype).and_then(|_| Array::zeros(shape, dtype)));
+        let arrays = arrays.collect::<Result<Vec<_>>>()?;
+        super::eval(op, &arrays)?;
+        Ok::<_, Error>(arrays)
+    };
+    let arrays = zeros()?;
+    let is_on_device = |array: &Array| {
+        Ok::<_, Error>(array.n_bytes() == 0 || cuda::Memory::of(op, &array.0, array.n_bytes())?.is_on_device)
+    };
+    if arrays.iter().map(is_on_device).collect::<Result<Vec<_>>>()?.contains(&false) {
+        drop(arrays);
+        crate::ffi::memory::clear_cache()?;
+        return zeros();
+    }
+    Ok(arrays)
+}
+
 /// An array of zeros in CUDA device memory, to be written by an [`Uploader`].
 pub struct DeviceBuffer {
     array: Array,
@@ -59,9 +81,7 @@ impl DeviceBuffer {
         if !crate::ffi::on_cuda() || !cuda::is_there() {
             return Ok(None);
         }
-        let arrays = shapes.map(|(shape, dtype)| n_bytes(shape, dtype).and_then(|_| Array::zeros(shape, dtype)));
-        let arrays = arrays.collect::<Result<Vec<_>>>()?;
-        super::eval("zeros", &arrays)?;
+        let arrays = device_zeros("upload", &shapes.collect::<Vec<_>>())?;
         let buffers = arrays.into_iter().map(|array| {
             let memory = DeviceMemory(cuda::Memory::of("upload", &array.0, array.n_bytes())?);
             Ok(Self { array, memory })

@@ -145,22 +145,17 @@ impl Reader<'_> {
         Ok(take(bytes))
     }
 
-    /// Fills `bytes` with the pieces of a group, and checks each.
-    fn read(&self, group: &[Load<'_, '_>], start: u64, bytes: &mut [u8]) -> Result<(), Damage> {
-        let first = group[0].piece;
-        let source = self.source(first)?;
-        let is_in_memory = source.bytes(first.at, first.n_bytes).is_some();
-        if !is_in_memory {
-            source.read(bytes, start).map_err(|error| Damage { source: Some(first.source), error })?;
-        }
-        let mut rest = bytes;
+    /// Fills `bytes` with the pieces of a group. Each is checked right after it was read, while it is in the core's cache.
+    fn read(&self, group: &[Load<'_, '_>], mut bytes: &mut [u8]) -> Result<(), Damage> {
         for Load { piece, .. } in group {
-            let (own, behind) = rest.split_at_mut(piece.n_bytes);
-            if let Some(held) = source.bytes(piece.at, piece.n_bytes) {
-                own.copy_from_slice(held);
+            let source = self.source(piece)?;
+            let (own, rest) = bytes.split_at_mut(piece.n_bytes);
+            match source.bytes(piece.at, piece.n_bytes) {
+                Some(held) => own.copy_from_slice(held),
+                None => source.read(own, piece.at).map_err(|error| Damage { source: Some(piece.source), error })?,
             }
             self.check(piece, own)?;
-            rest = behind;
+            bytes = rest;
         }
         Ok(())
     }
@@ -289,8 +284,8 @@ fn fill_device<'a>(
     threads: NonZero<usize>,
 ) -> Result<(), Damage> {
     let work = |uploader: &mut Uploader<'a>, group: Vec<Load<'a, '_>>| {
-        let (start, n_bytes) = span(&group);
-        reader.read(&group, start, &mut uploader.slot()?[..n_bytes])?;
+        let (_, n_bytes) = span(&group);
+        reader.read(&group, &mut uploader.slot()?[..n_bytes])?;
         let mut from = 0;
         for Load { memory, sizes, piece } in group {
             let Sizes { n_heads, row, head } = sizes;
