@@ -21,11 +21,14 @@ LIBRARIES = $$($(BIN)/python -c 'import importlib.util as u, os, sysconfig; \
   print(mlx + "/lib:" + sysconfig.get_config_var("LIBDIR"))')
 # pip's own environment for the build is off the path that cargo's tests see.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The extra `bench`, without building the project again.
+PLOTTING = $$($(BIN)/python -c 'import tomllib; \
+  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
 
 # OpenBLAS's threads spin while they wait, which starves the rest of a busy box; test models are small.
 python parity test-upstream test-wheel suite soak: export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: help build demo test lint rust python parity test-upstream wheel test-wheel soak suite miri asan bench clean
+.PHONY: help build demo test lint rust python parity test-upstream wheel test-wheel soak suite miri asan bench bench-gpu plots clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,6 +85,7 @@ test-wheel: wheel ## the wheel in an empty environment: no compiler, no mlx-lm
 soak: build ## the long forms: 1,000 kills, many more inputs, CPython 3.12 and 3.13
 	MLXRS_KILLS=1000 cargo test --quiet --test rust -- --nocapture kill
 	MLXRS_FUZZ_INPUTS=10000000 cargo test --quiet --release --test rust -- --nocapture fuzz
+	MLXRS_STORE_OPERATIONS=100000 MLXRS_STORE_SECONDS=300 MLXRS_STORE_FLIPS=0 cargo test --quiet --release --test rust -- --nocapture prompt_store
 	MLXRS_PROFILE=slow $(BIN)/python -m pytest -q --timeout 3000 tests/parity/test_classes.py tests/parity/test_masks.py tests/parity/test_lru.py
 	$(MAKE) suite PYTHON=$$(command -v python3.12 || ls -d ~/.pyenv/versions/3.12.*/bin/python | tail -1) VENV=.venv312
 	$(MAKE) suite PYTHON=$$(command -v python3.13 || ls -d ~/.pyenv/versions/3.13.*/bin/python | tail -1) VENV=.venv313
@@ -98,11 +102,18 @@ asan: build ## the Rust tests under AddressSanitizer (needs a nightly toolchain)
 	ASAN_OPTIONS=detect_leaks=0 RUSTFLAGS=-Zsanitizer=address MLXRS_FUZZ_INPUTS=3000 \
 	  cargo +nightly test --quiet --target $$(rustc -vV | sed -n 's/host: //p') --lib --test rust
 
-bench: build ## update, save, load and lookup beside mlx-lm's, in one run; then Rust alone
-	$(BIN)/python benches/python/update.py
-	$(BIN)/python benches/python/files.py
-	$(BIN)/python benches/python/lookup.py
-	cargo bench --quiet --bench update --bench store
+bench: build ## everything beside mlx-lm and the machine's limit, in one run; then Rust alone
+	$(INSTALL) $(PLOTTING)
+	$(BIN)/python benches/python/run.py --json target/bench/cpu.json --plots target/bench $(BENCH)
+	cargo bench --quiet --bench update --bench pure --bench store
+
+bench-gpu: ## the same on a GPU, with a Python that has MLX for it, mlx-lm and this project: make bench-gpu PYTHON=…
+	$(PYTHON) benches/python/run.py --device gpu --json target/bench/gpu.json $(BENCH)
+
+plots: build ## docs/plots and the tables of docs/benchmarks.md from the results in docs/bench
+	$(INSTALL) $(PLOTTING)
+	$(BIN)/python benches/python/plots.py docs/bench/*.json --to docs/plots
+	$(BIN)/python benches/python/tables.py docs/bench/*.json --in docs/benchmarks.md
 
 clean: ## remove all that was built
 	rm -rf target dist .venv .venv312 .venv313

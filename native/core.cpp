@@ -1,6 +1,8 @@
 // The few calls that mlx-c lacks. No exception leaves this file.
 #include "mlxrs.h"
 
+#include <set>
+
 #include "mlx/c/private/mlx.h"
 #include "mlx/mlx.h"
 
@@ -41,6 +43,31 @@ extern "C" bool mlxrs_is_scheduled(const mlx_array array) {
   return static_cast<mx::array*>(array.ctx)->status() != mx::array::Status::unscheduled;
 }
 
+extern "C" int mlxrs_marks(mlx_vector_array* marks, const mlx_vector_array arrays) {
+  try {
+    std::vector<mx::array> found;
+    std::set<const void*> events;
+    for (const auto& array : mlx_vector_array_get_(arrays)) {
+      auto& event = array.event();
+      if (array.status() != mx::array::Status::evaluated || !event.valid()) {
+        continue;
+      }
+      if (events.insert(&event.cast<char>()).second) {
+        // Neither data nor inputs: a mark keeps no buffer from being written in place.
+        mx::array mark(mx::Shape{}, mx::bool_, nullptr, {});
+        mark.attach_event(event);
+        mark.set_status(mx::array::Status::evaluated);
+        found.push_back(std::move(mark));
+      }
+    }
+    mlx_vector_array_set_(*marks, std::move(found));
+    return 0;
+  } catch (const std::exception& e) {
+    mlx_error(e.what());
+    return 1;
+  }
+}
+
 extern "C" mlx_array mlxrs_scheduled_ancestor(const mlx_array array) {
   try {
     mx::array node = *static_cast<mx::array*>(array.ctx);
@@ -63,17 +90,20 @@ namespace {
 struct CudaBuffer {
   void* data;
   size_t size;
-  int device;
+  int device; // -1: unified
 };
 } // namespace
 
-extern "C" bool mlxrs_cuda_memory(const mlx_array array, void** data, size_t* size) {
-  auto* buffer = static_cast<CudaBuffer*>(static_cast<mx::array*>(array.ctx)->buffer().ptr());
-  if (buffer == nullptr) {
+extern "C" bool mlxrs_cuda_memory(const mlx_array array, void** data, size_t* size, bool* on_device) {
+  auto* node = static_cast<mx::array*>(array.ctx);
+  auto* buffer = static_cast<CudaBuffer*>(node->buffer().ptr());
+  auto offset = static_cast<size_t>(node->offset());
+  if (buffer == nullptr || buffer->size < offset) {
     return false;
   }
-  *data = buffer->data;
-  *size = buffer->size;
+  *data = static_cast<char*>(buffer->data) + offset;
+  *size = buffer->size - offset;
+  *on_device = buffer->device >= 0;
   return true;
 }
 

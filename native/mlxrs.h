@@ -28,12 +28,17 @@ mlx_array mlxrs_host_array(const int* shape, int dim, mlx_dtype dtype, void** da
 /* True if the array has been computed, or its computation has been scheduled. */
 bool mlxrs_is_scheduled(const mlx_array array);
 
+/* Fills `marks` with arrays that have no data, one for each computation that `arrays` are still the outcome of:
+   evaluating a mark waits for that computation, and fails as it did. */
+int mlxrs_marks(mlx_vector_array* marks, const mlx_vector_array arrays);
+
 /* The array itself, or what it would be computed from by the first input of each step, whichever is scheduled first:
    the buffer that a chain of updates began with. An empty handle if there is none. */
 mlx_array mlxrs_scheduled_ancestor(const mlx_array array);
 
-/* Where a computed array on a CUDA device lies: its buffer's memory and size. False if it has none. */
-bool mlxrs_cuda_memory(const mlx_array array, void** data, size_t* size);
+/* Where a computed array on a CUDA device lies: its first element, the bytes from there to the end of its buffer, and
+   whether that is memory of the device or unified. False if it has none. */
+bool mlxrs_cuda_memory(const mlx_array array, void** data, size_t* size, bool* on_device);
 
 /* MLX's version as libmlx, loaded now, tells it. */
 const char* mlxrs_mlx_version(void);

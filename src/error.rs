@@ -98,6 +98,26 @@ impl Error {
         Self::Format { path: path.to_owned(), key: key.into(), expected: expected.into(), got: got.into() }
     }
 
+    /// The same error once more, for one that is told to several.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        match self {
+            Self::Value { op, expected, got } => Self::value(op, expected, got),
+            Self::Type { op, expected, got } => Self::type_(op, expected, got),
+            Self::Index { op, expected, got } => Self::Index { op, expected: expected.clone(), got: got.clone() },
+            Self::Order { op, expected, got } => Self::Order { op, expected: expected.clone(), got: got.clone() },
+            Self::Mlx { op, message } => Self::Mlx { op, message: message.clone() },
+            Self::Format { path, key, expected, got } => Self::format(path, key, expected, got),
+            Self::Io { op, path, source } => {
+                let source = match source.raw_os_error() {
+                    Some(errno) => io::Error::from_raw_os_error(errno),
+                    None => io::Error::new(source.kind(), source.to_string()),
+                };
+                Self::io(op, path, source)
+            }
+        }
+    }
+
     /// The system's error at `path`.
     pub fn io(op: &'static str, path: &Path, source: io::Error) -> Self {
         Self::Io { op, path: path.to_owned(), source }

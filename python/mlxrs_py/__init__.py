@@ -26,6 +26,7 @@ from mlxrs_py.cache import CacheConfig  # noqa: E402
 from mlxrs_py.install import install, uninstall  # noqa: E402
 from mlxrs_py.prefill import prefill  # noqa: E402
 from mlxrs_py.prompt import PromptInfo, cache_prompt, cache_prompt_ids  # noqa: E402
+from mlxrs_py.store import PromptStore  # noqa: E402
 
 __all__ = [
     "CacheConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "MlxError",
     "MlxrsError",
     "PromptInfo",
+    "PromptStore",
     "__version__",
     "build_info",
     "cache",

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self, SupportsIndex, TypeVar
+from typing import Any, ClassVar, Literal, Self, SupportsIndex, TypeVar, final, overload
 
 import mlx.core as mx
+import numpy as np
 from typing_extensions import disjoint_base
 
 __all__ = [
@@ -30,15 +31,21 @@ __all__ = [
     "MaskingCache",
     "MlxError",
     "MlxrsError",
+    "PendingSave",
+    "PromptStore",
     "PromptTrie",
     "PromptTrieResult",
     "QuantizedKVCache",
     "QuantizedRotatingKVCache",
     "RotatingKVCache",
+    "StorePut",
+    "StoreRecorder",
+    "StoreView",
     "TokenBuffer",
     "__version__",
     "_live_handles",
     "adopt",
+    "blake3_file",
     "blake3_hex",
     "build_info",
     "check_save",
@@ -54,6 +61,7 @@ __all__ = [
     "save_prompt_cache_with_size",
     "trim_prompt_cache",
     "verify_file",
+    "wait_for_saves",
 ]
 _T = TypeVar("_T")
 
@@ -625,6 +633,26 @@ class LRUPromptCache:
     def __reduce_ex__(self, _protocol: SupportsIndex) -> tuple[Any, ...]: ...
     def __setstate__(self, state: tuple[Any, ...]) -> None: ...
 
+@final
+class PendingSave:
+    """A save that goes on in the background; made by ``save_prompt_cache(..., background=True)``.
+
+    Dropping it does not stop the save. In a forked child only what was over before the fork is known.
+    """
+
+    def done(self) -> bool:
+        """Tell whether the save is over, well or not."""
+
+    def result(self, timeout: float | None = None) -> None:
+        """Wait until the save is over, and raise what it failed with, each time.
+
+        Errors: those of ``save_prompt_cache``; TimeoutError after ``timeout`` seconds, and the save goes on;
+        RuntimeError in a forked child.
+        """
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait as ``result`` does, and give what the save failed with, or None."""
+
 def adopt(caches: Iterable[Any]) -> list[Any]:
     """Replace mlx-lm's caches by ours with the same parameters, tokens and buffers; others stay.
 
@@ -665,7 +693,7 @@ def prefill(
     tokens: Any,
     cache: Any,
     *,
-    step_size: int = 2048,
+    step_size: int | Literal["auto"],
     input_embeddings: mx.array | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
@@ -683,23 +711,57 @@ def trim_prompt_cache(cache: Iterable[Any], num_tokens: int) -> int:
     Errors: ValueError if ``num_tokens`` is negative.
     """
 
+@overload
 def save_prompt_cache(
     file_name: str | PathLike[str],
     cache: Iterable[Any],
     metadata: Mapping[str, str] | None = None,
     *,
-    format: str = "0.32",  # noqa: A002
+    format: str = "0.32",
     padded: bool = False,
     durable: bool = True,
-) -> None:
+    threads: int | None = None,
+    background: Literal[False] = False,
+) -> None: ...
+@overload
+def save_prompt_cache(
+    file_name: str | PathLike[str],
+    cache: Iterable[Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    format: str = "0.32",
+    padded: bool = False,
+    durable: bool = True,
+    threads: int | None = None,
+    background: Literal[True],
+) -> PendingSave: ...
+@overload
+def save_prompt_cache(
+    file_name: str | PathLike[str],
+    cache: Iterable[Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    format: str = "0.32",
+    padded: bool = False,
+    durable: bool = True,
+    threads: int | None = None,
+    background: bool,
+) -> PendingSave | None:
     """Save caches, ours or mlx-lm's, into one safetensors file.
 
     The file appears whole or not at all, and holds the valid rows only. ``.safetensors`` is added to a name without it.
     ``format`` is the mlx-lm that shall read the file. ``padded`` (0.32 only) writes mlx-lm's full buffers, the padding
-    zeroed. ``durable``: the file survives a crash of the machine from the moment this returns.
+    zeroed. ``durable``: the file survives a crash of the machine from the moment this returns. ``threads`` write at
+    once, as they read in ``load_prompt_cache``; on CUDA from device memory through the same pinned memory.
+
+    ``background``: gives a ``PendingSave`` once the bytes of this moment are safe from what becomes of the caches, and
+    writes while the caller goes on. On CUDA they are copied on the device, which takes as much of its memory; elsewhere
+    the arrays are held, and the next update of each buffer copies it. Saves are written in the order of their calls. If
+    those that are pending hold more than 4 GiB with this one, the call waits. The end of the process waits for all.
 
     Errors: ValueError or TypeError for metadata or states that a file cannot hold, MlxError if evaluating fails,
-    OSError if the system refuses. An older file then stays as it was.
+    OSError if the system refuses. An older file then stays as it was. In the background what the
+    disk says comes from the ``PendingSave``.
     """
 
 def save_prompt_cache_with_size(
@@ -712,6 +774,12 @@ def save_prompt_cache_with_size(
     durable: bool = True,
 ) -> tuple[Path, int]:
     """Save as ``save_prompt_cache`` does, and give the file and its size in bytes."""
+
+def wait_for_saves(timeout: float | None = None) -> bool:
+    """Wait until the saves in the background are over; False if they are not within ``timeout`` seconds.
+
+    The end of the process does so by itself, after which it warns of each error that nobody asked for.
+    """
 
 def check_save(metadata: Mapping[str, str], format: str) -> None:  # noqa: A002
     """Raise what a save with this metadata and format would raise."""
@@ -757,6 +825,99 @@ def convert_file(
 
     Errors: CacheFormatError for a file that is damaged or lies, ValueError if ``format`` cannot say what it holds,
     OSError if the system refuses. An older file then stays as it was.
+    """
+
+@final
+class PromptStore:
+    """The core of :class:`mlxrs_py.PromptStore`, which documents the arguments. ``path`` None: all is in memory."""
+
+    def __new__(
+        cls,
+        path: str | PathLike[str] | None,
+        *,
+        ram_bytes: int,
+        disk_bytes: int,
+        block_tokens: int,
+        write_bytes_per_day: int | None,
+        read_only: bool,
+        allow_network_fs: bool,
+    ) -> Self: ...
+    def close(self) -> None:
+        """Wait for what is being written, and close."""
+    def view(self, fingerprint: bytes, caches: Iterable[Any]) -> StoreView:
+        """Bind the model that ``fingerprint`` stands for, whose fresh caches are ``caches``."""
+    def stats(self) -> dict[str, int | None]:
+        """Give the numbers of the store."""
+    def list(self) -> list[dict[str, Any]]:
+        """Give all records, parents before their children."""
+    def pin_id(self, id: str, pins: bool) -> int:  # noqa: A002
+        """Pin or unpin the record whose name begins with ``id``, and those before it; give how many.
+
+        Errors: ValueError if there is no such record, or more than one.
+        """
+    def prune(self, target: int | None = None) -> int:
+        """Evict until at most ``target`` bytes are left; give the bytes that were freed."""
+    def verify(self, repair: bool) -> dict[str, Any]:
+        """Read every record; with ``repair`` what is damaged is set aside and the index made right."""
+    def clear(self) -> None:
+        """Remove every record; pinned ones too."""
+    def rate(self, name: str) -> float | None:
+        """Give the average of a measured rate, such as bytes per second of restores."""
+    def note_rate(self, name: str, value: float) -> None:
+        """Take a measured rate into its average."""
+
+@final
+class StoreView:
+    """The core of :class:`mlxrs_py.store.View`: one model's prompts. ``step`` is that of a prefill's windows."""
+
+    def lookup(
+        self, tokens: list[int] | np.ndarray | mx.array, step: int, exact: bool
+    ) -> tuple[int, int, str | None, bool]:
+        """Give the tokens that can be restored, the bytes to read, "ram", "disk" or None, and whether that is exact."""
+    def restore(
+        self,
+        tokens: list[int] | np.ndarray | mx.array,
+        caches: Iterable[Any],
+        step: int,
+        exact: bool,
+        threads: int | None = None,
+    ) -> tuple[int, int, bool]:
+        """Fill fresh caches; give the tokens in them, the bytes that were read and whether that is exact."""
+    def recorder(self, restored: int, step: int, exact: bool) -> StoreRecorder:
+        """Begin to store a prompt as it grows; its first ``restored`` tokens came from the store."""
+    def pin(self, tokens: list[int] | np.ndarray | mx.array) -> int:
+        """Keep the prompt's records from eviction; give how many there are."""
+    def unpin(self, tokens: list[int] | np.ndarray | mx.array) -> int:
+        """Take a pin back; give how many records it held."""
+
+@final
+class StoreRecorder:
+    """Stores the prompt of one run as it grows."""
+
+    def note(
+        self, tokens: list[int] | np.ndarray | mx.array, caches: Iterable[Any], is_last: bool, keep: bool
+    ) -> list[StorePut]:
+        """Store what is new in ``caches``, which hold exactly ``tokens``; evaluates on the calling thread.
+
+        Full blocks are stored and the states of recurrent layers; with ``is_last`` the block that is not full too.
+        """
+
+@final
+class StorePut:
+    """Records on their way to the disk."""
+
+    def wait(self, timeout: float | None = None) -> tuple[int, int]:
+        """Wait until the records are durable; give their number and bytes.
+
+        Errors: OSError if the disk is full or fails, TimeoutError after ``timeout`` seconds.
+        """
+    def done(self) -> bool:
+        """Tell whether there is nothing left to wait for."""
+
+def blake3_file(path: str | PathLike[str]) -> str:
+    """Give the BLAKE3 hash of a file, as 64 hex digits.
+
+    Errors: OSError if it cannot be read.
     """
 
 def blake3_hex(data: bytes) -> str:

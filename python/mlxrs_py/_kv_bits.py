@@ -1,12 +1,10 @@
 """``kv_bits`` for batches: mlx-lm takes it for one sequence, and drops or refuses it where several run at once.
 
-A batch is quantized between two steps of its ``BatchGenerator``, when its longest sequence has reached the start. Every
-wrapper below calls what it wraps; nothing of mlx-lm is copied.
+A batch is quantized between two steps of its ``BatchGenerator``, when its longest sequence has reached the start.
 """
 
 from __future__ import annotations
 
-import functools
 from argparse import Namespace
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxrs_py import cache
+from mlxrs_py._wrappers import Wrappers
 
 __all__ = ["install", "uninstall"]
 
@@ -53,8 +52,7 @@ class _Quantization(NamedTuple):
 #: What a server was started with, in the thread that makes its generators.
 _of_server: ContextVar[_Quantization | None] = ContextVar("_of_server", default=None)
 
-#: Owner, name and what stood there.
-_originals: list[tuple[Any, str, Any]] = []
+_wrappers = Wrappers()
 
 
 def install(generate: ModuleType, server: ModuleType) -> None:
@@ -67,15 +65,12 @@ def install(generate: ModuleType, server: ModuleType) -> None:
         (server.ResponseGenerator, "_generate", _server_generate),
         (server.ResponseGenerator, "_is_batchable", _server_is_batchable),
     ):
-        original = vars(owner)[name]
-        _originals.append((owner, name, original))
-        setattr(owner, name, functools.wraps(original)(wrap(original)))
+        _wrappers.put(owner, name, wrap)
 
 
 def uninstall() -> None:
     """Put back what stood there."""
-    while _originals:
-        setattr(*_originals.pop())
+    _wrappers.undo()
 
 
 def _generator_init(original: _Function) -> _Function:

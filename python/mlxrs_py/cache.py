@@ -25,6 +25,7 @@ from mlxrs_py._core import (
     KVCache,
     LRUPromptCache,
     MaskingCache,
+    PendingSave,
     PromptTrie,
     PromptTrieResult,
     QuantizedKVCache,
@@ -39,6 +40,7 @@ from mlxrs_py._core import (
     register,
     save_prompt_cache,
     trim_prompt_cache,
+    wait_for_saves,
 )
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "KVCache",
     "LRUPromptCache",
     "MaskingCache",
+    "PendingSave",
     "PromptTrie",
     "PromptTrieResult",
     "QuantizedKVCache",
@@ -71,6 +74,7 @@ __all__ = [
     "register",
     "save_prompt_cache",
     "trim_prompt_cache",
+    "wait_for_saves",
 ]
 
 

@@ -6,13 +6,19 @@ are set to ours; nothing else of mlx-lm holds its classes (a test looks for what
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from mlxrs_py import _kv_bits, cache
+from mlxrs_py.serving import hooks
+
+if TYPE_CHECKING:
+    from mlxrs_py.store import PromptStore
 
 __all__ = ["CLASSES", "FUNCTIONS", "Installation", "install", "uninstall"]
 
@@ -52,6 +58,10 @@ _swapped: list[tuple[Any, Any]] = []
 _installs = 0
 #: Counts the uninstalls: a block that one of them overtook has nothing left to undo.
 _epoch = 0
+#: What is behind mlx-lm's server.
+_store: PromptStore | None = None
+#: It was made here, and is closed here.
+_owns_store = False
 
 
 class Installation:
@@ -73,7 +83,7 @@ class Installation:
             self._epoch = None
 
 
-def install(*, any_version: bool = False) -> Installation:
+def install(*, store: PromptStore | str | os.PathLike[str] | None = None, any_version: bool = False) -> Installation:
     """Let mlx-lm use our classes and functions from now on, in what it has imported and in what it will import.
 
     Call it before your own ``from mlx_lm.models.cache import …`` and before caches are made: modules outside of mlx-lm
@@ -82,7 +92,11 @@ def install(*, any_version: bool = False) -> Installation:
     ``kv_bits`` reaches batches too: ``BatchGenerator`` and ``batch_generate`` take ``kv_bits``, ``kv_group_size`` (64)
     and ``quantized_kv_start`` (5000 tokens), and mlx-lm's server batches requests when it runs with ``--kv-bits``.
 
+    With a store, mlx-lm's server keeps the prompts of its requests there; see docs/prompt-store.md.
+
     Args:
+        store: A store, or the folder of one, which is then closed by :func:`uninstall`. Servers that run already do
+            not get it.
         any_version: Take an mlx-lm that this package was not tested with. There the names are swapped and no more:
             batches are not quantized.
 
@@ -92,9 +106,11 @@ def install(*, any_version: bool = False) -> Installation:
 
     Raises:
         ImportError: If mlx-lm is absent, or of a version that was not tested.
+        OSError: If the store cannot be opened.
+        ValueError: If another store is installed, or for a store with a version that was not tested.
 
     """
-    global _installs
+    global _installs, _store, _owns_store
     # Outside the lock: an import takes locks of its own.
     version, theirs, generate, server = _import_mlx_lm()
     if version != _TESTED and not any_version:
@@ -103,15 +119,39 @@ def install(*, any_version: bool = False) -> Installation:
             f"pip install mlx-lm=={_TESTED}, or mlxrs_py.install(any_version=True)",
             name="mlx_lm",
         )
+    if store is not None and version != _TESTED:
+        raise ValueError(f"install: expected mlx-lm {_TESTED} for a store, got {version}")
     with _lock:
+        # What can fail comes first.
+        opened = None if store is None else _opened(store)
         if not _swapped:
             names = (name for name in (*CLASSES, *FUNCTIONS) if hasattr(theirs, name))
             _swapped.extend((getattr(theirs, name), getattr(cache, name)) for name in names)
             _replace(_swapped)
             if version == _TESTED:
                 _kv_bits.install(generate, server)
+        if opened is not None and _store is None:
+            _store, _owns_store = opened
+            hooks.install(generate, server, _store)
         _installs += 1
         return Installation(_epoch)
+
+
+def _opened(store: PromptStore | str | os.PathLike[str]) -> tuple[PromptStore, bool]:
+    """Give the store, and whether it was opened here."""
+    from mlxrs_py.store import PromptStore
+
+    if isinstance(store, PromptStore):
+        found, is_ours = store, False
+    elif _store is not None and _store.path == Path(store):
+        found, is_ours = _store, _owns_store
+    else:
+        found, is_ours = PromptStore(store), True
+    if _store is not None and found is not _store:
+        if is_ours:
+            found.close()
+        raise ValueError(f"install: expected the store that is installed already, {_store.path}, got {found.path}")
+    return found, is_ours
 
 
 def uninstall() -> None:
@@ -119,13 +159,18 @@ def uninstall() -> None:
 
     However often :func:`install` was called, once is enough; if it was not, nothing happens.
     """
-    global _installs, _epoch
+    global _installs, _epoch, _store, _owns_store
     with _lock:
+        hooks.uninstall()
         _kv_bits.uninstall()
         _replace([(ours, theirs) for theirs, ours in _swapped])
         _swapped.clear()
         _installs = 0
         _epoch += 1
+        store, is_ours = _store, _owns_store
+        _store, _owns_store = None, False
+    if store is not None and is_ours:
+        store.close()
 
 
 def _import_mlx_lm() -> tuple[str, ModuleType, ModuleType, ModuleType]:

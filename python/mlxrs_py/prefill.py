@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, MutableSequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlxrs_py import _core
 
@@ -23,7 +23,7 @@ def prefill(
     tokens: list[int] | np.ndarray | mx.array,
     cache: MutableSequence[Any],
     *,
-    step_size: int = 2048,
+    step_size: int | Literal["auto"] = 2048,
     input_embeddings: mx.array | None = None,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
@@ -33,7 +33,9 @@ def prefill(
     """Run a prompt through a model and give the logits ``(1, V)`` of its last token, evaluated.
 
     The windows, the memory barrier after each and the points where caches are quantized are those of mlx-lm 0.32.2's
-    ``generate_step(max_tokens=0)``: chunks of ``step_size`` for all but the last token, then that token alone.
+    ``generate_step(max_tokens=0)``: chunks of ``step_size`` for all but the last token, then that token alone. While
+    one window is computed the next is built, so at most two are under way. Buffers that MLX no longer needs are kept
+    for the next window, and go back to the system when they take more than a quarter of MLX's memory limit.
 
     If anything is raised on the way, Ctrl-C included, every cache is first put back to the end of the last whole
     window, so that a later call can go on with the rest of the tokens.
@@ -42,13 +44,15 @@ def prefill(
         model: Called as ``model(tokens[None], cache=cache)``, and with ``input_embeddings`` if they are given.
         tokens: Token ids ``(P,)``; may be empty when there are embeddings.
         cache: One cache per layer: ours, mlx-lm's or a mixture.
-        step_size: Tokens per window, at least 1.
+        step_size: Tokens per window, at least 1. ``"auto"`` starts with 512 and goes on with the most, up to 4,096,
+            that the memory allows by what those took: bits may then differ with the machine, as between any two steps.
         input_embeddings: Embeddings ``(P, D)`` in place of the tokens' own.
         kv_bits: If given, caches are replaced in the list by quantized ones once they hold ``quantized_kv_start``
             tokens.
         kv_group_size: Elements that share a scale.
         quantized_kv_start: Tokens from which on caches are quantized.
-        progress: Called with ``(done, total)`` tokens after each window; True draws a bar on a terminal.
+        progress: Called with ``(done, total)`` tokens as each window is computed, when the caches may hold the next one
+            already; True draws a bar on a terminal.
 
     Raises:
         ValueError: For an empty prompt, or tokens and embeddings that do not fit.

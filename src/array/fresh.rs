@@ -24,6 +24,11 @@ impl HostBuffer {
         self.0.bytes()
     }
 
+    /// All its bytes, zero.
+    pub fn zeroed(&mut self) -> &mut [u8] {
+        self.0.zeroed()
+    }
+
     /// The array.
     pub fn finish(self) -> Array {
         Array(self.0.finish())
@@ -58,7 +63,7 @@ impl DeviceBuffer {
         let arrays = arrays.collect::<Result<Vec<_>>>()?;
         super::eval("zeros", &arrays)?;
         let buffers = arrays.into_iter().map(|array| {
-            let memory = DeviceMemory(cuda::Memory::of(&array.0, array.n_bytes())?);
+            let memory = DeviceMemory(cuda::Memory::of("upload", &array.0, array.n_bytes())?);
             Ok(Self { array, memory })
         });
         buffers.collect::<Result<_>>().map(Some)
@@ -97,8 +102,8 @@ impl<'a> Uploader<'a> {
         self.0.slot()
     }
 
-    /// Sends `n_heads` runs of `valid` bytes, `pitch` apart in the slot, to the front of as many equal parts of
-    /// `range` in `memory`.
+    /// Begins to copy `n_heads` runs of `valid` bytes, `from[1]` apart from byte `from[0]` of the slot on, to the front of
+    /// as many equal parts of `range` in `memory`. The last part may end beyond the memory, its front must not.
     ///
     /// # Errors
     /// [`Error::Mlx`] if CUDA fails.
@@ -110,9 +115,17 @@ impl<'a> Uploader<'a> {
         memory: &'a DeviceMemory,
         range: &Range<usize>,
         [n_heads, valid]: [usize; 2],
-        pitch: usize,
+        from: [usize; 2],
     ) -> Result<()> {
-        self.0.upload(&memory.0, range, [n_heads, valid], pitch)
+        self.0.upload(&memory.0, range, [n_heads, valid], from)
+    }
+
+    /// Nothing more is copied from this slot.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if CUDA fails.
+    pub fn send(&mut self) -> Result<()> {
+        self.0.send()
     }
 
     /// Waits for all that was sent.

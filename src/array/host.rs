@@ -1,8 +1,10 @@
 //! Bytes of arrays on the host, for files: in by filling fresh memory, out without a copy where the layout allows.
 
-use super::{Array, Dtype, to_mlx};
-use crate::error::{Error, Result};
-use crate::ffi::{self, ArrayHandle};
+use super::{Array, Dtype, HostBuffer};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
+use crate::ffi;
 
 impl Array {
     /// A new array whose row-major bytes `fill` writes. They are zero before.
@@ -10,10 +12,9 @@ impl Array {
     /// # Errors
     /// [`Error::Value`] for a negative or overflowing shape, [`Error::Mlx`] if memory is short, or `fill`'s own.
     pub fn from_host(shape: &[i32], dtype: Dtype, fill: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<Self> {
-        let op = "from_host";
-        let size = shape.iter().try_fold(dtype.size(), |bytes, &dim| bytes.checked_mul(usize::try_from(dim).ok()?));
-        let n_bytes = size.ok_or_else(|| Error::value(op, "a shape that fits in memory", format!("{shape:?}")))?;
-        ArrayHandle::from_host(op, shape, to_mlx(dtype), n_bytes, fill).map(Self)
+        let mut buffer = HostBuffer::new(shape, dtype)?;
+        fill(buffer.zeroed())?;
+        Ok(buffer.finish())
     }
 
     /// Hands `sink` the row-major bytes of an array, piece by piece and in order, evaluating it first. Pieces are the
@@ -26,7 +27,7 @@ impl Array {
         super::eval(op, [self])?;
         // On CUDA a host pointer moves its whole buffer to unified memory: read a copy, leave the buffer on the device.
         if ffi::on_cuda() {
-            let copy = Self(self.0.stop_gradient()?.contiguous()?);
+            let copy = self.copied()?;
             super::eval(op, [&copy])?;
             return copy.runs(op, sink);
         }
@@ -36,6 +37,14 @@ impl Array {
             return copy.runs(op, sink);
         }
         self.runs(op, sink)
+    }
+
+    /// The same elements in memory of their own, row-major. Lazy.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if MLX fails.
+    pub fn copied(&self) -> Result<Self> {
+        Ok(Self(self.0.stop_gradient()?.contiguous()?))
     }
 
     /// The row-major bytes of an array, evaluated and copied.

@@ -1,12 +1,18 @@
 //! L1: the safe face of one MLX array, with the dozen operations that caches need.
 
+mod bytes;
 mod dtype;
 mod fresh;
 mod host;
+pub mod memory;
+mod pending;
 mod rows;
 
+pub use bytes::{Bytes, Downloader};
 pub use dtype::Dtype;
 pub use fresh::{DeviceBuffer, DeviceMemory, HostBuffer, Uploader};
+pub use memory::{active_memory, peak_memory, reset_peak_memory};
+pub use pending::Pending;
 
 #[cfg(doc)]
 use crate::error::Error;
@@ -246,38 +252,6 @@ pub fn eval<'a>(op: &'static str, arrays: impl IntoIterator<Item = &'a Array>) -
 /// As [`eval`].
 pub fn async_eval<'a>(op: &'static str, arrays: impl IntoIterator<Item = &'a Array>) -> Result<()> {
     ffi::async_eval(op, arrays.into_iter().map(|array| &array.0))
-}
-
-/// Returns MLX's unused buffers to the system.
-///
-/// # Errors
-/// [`Error::Mlx`] if MLX fails.
-pub fn clear_memory_cache() -> Result<()> {
-    ffi::clear_memory_cache()
-}
-
-/// Bytes that MLX's arrays hold now.
-///
-/// # Errors
-/// [`Error::Mlx`] if MLX fails.
-pub fn active_memory() -> Result<usize> {
-    ffi::active_memory()
-}
-
-/// Most bytes that MLX's arrays held at once since the start or the last [`reset_peak_memory`].
-///
-/// # Errors
-/// [`Error::Mlx`] if MLX fails.
-pub fn peak_memory() -> Result<usize> {
-    ffi::peak_memory()
-}
-
-/// Starts counting the peak anew.
-///
-/// # Errors
-/// [`Error::Mlx`] if MLX fails.
-pub fn reset_peak_memory() -> Result<()> {
-    ffi::reset_peak_memory()
 }
 
 /// Both directions of one table, since MLX counts its types in another order.

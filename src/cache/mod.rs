@@ -15,6 +15,7 @@ mod standard;
 pub mod state;
 mod tensor;
 mod token_buffer;
+mod token_rows;
 mod traits;
 
 pub use arrays::ArraysCache;
@@ -31,6 +32,7 @@ pub use state::{CacheState, State};
 pub use tensor::KvTensor;
 pub(crate) use tensor::zero_rows;
 pub use token_buffer::TokenBuffer;
+pub use token_rows::{Boundary, Lookback, Run};
 pub use traits::{Checkpoint, KvCache, LayerCache};
 use traits::{CheckpointKind, settle};
 

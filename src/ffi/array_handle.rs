@@ -128,6 +128,13 @@ impl ArrayHandle {
         unsafe { raw::mlxrs_is_scheduled(self.0) }
     }
 
+    /// Waits for the computation that this mark stands for.
+    pub(crate) fn wait(self, op: &'static str) -> Result<()> {
+        // SAFETY: a live array without a primitive, so that nothing is evaluated: MLX waits for its event, and no other
+        // handle knows the node, whose status that changes.
+        check(op, unsafe { raw::mlx_array_eval(self.0) })
+    }
+
     /// The buffer that a chain of updates began with, if it is still there.
     pub(crate) fn scheduled_ancestor(&self) -> Option<Self> {
         error_handler::install();
@@ -170,35 +177,6 @@ impl ArrayHandle {
         // SAFETY: the first and the last element of the array, and so all that lies between, are in its one buffer,
         // which lives while `self` does; MLX never writes into a buffer that a node other than the writer's holds.
         Ok(read(HostData(unsafe { std::slice::from_raw_parts(data, len) })))
-    }
-
-    /// A new array over fresh host memory, filled by `fill`.
-    pub(crate) fn from_host(
-        op: &'static str,
-        shape: &[i32],
-        dtype: raw::mlx_dtype,
-        n_bytes: usize,
-        fill: impl FnOnce(&mut [u8]) -> Result<()>,
-    ) -> Result<Self> {
-        error_handler::install();
-        let mut data = std::ptr::null_mut();
-        // SAFETY: shape has the length that is passed; `data` is an out-parameter.
-        let raw = unsafe { raw::mlxrs_host_array(shape.as_ptr(), shape.len() as c_int, dtype, &raw mut data) };
-        if raw.ctx.is_null() {
-            return Err(error_handler::last_error(op));
-        }
-        // SAFETY: just made for us.
-        let array = unsafe { Self::own(raw) };
-        if n_bytes > 0 {
-            // SAFETY: the allocator gave at least `n_bytes` (shape times element size) that nobody else knows yet;
-            // zeroing makes them initialized before a `&mut [u8]` exists.
-            let bytes = unsafe {
-                data.cast::<u8>().write_bytes(0, n_bytes);
-                std::slice::from_raw_parts_mut(data.cast::<u8>(), n_bytes)
-            };
-            fill(bytes)?;
-        }
-        Ok(array)
     }
 
     pub(super) fn unary(&self, op: &'static str, function: Unary) -> Result<Self> {

@@ -42,6 +42,14 @@ impl FreshHandle {
         unsafe { std::slice::from_raw_parts_mut(self.data, self.n_bytes) }
     }
 
+    /// The memory, zeroed.
+    pub(crate) fn zeroed(&mut self) -> &mut [u8] {
+        let bytes = self.bytes();
+        bytes.fill(MaybeUninit::new(0));
+        // SAFETY: every byte was just written, and the borrow stays that of `self`.
+        unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), bytes.len()) }
+    }
+
     pub(crate) fn finish(self) -> ArrayHandle {
         self.handle
     }

@@ -4,6 +4,9 @@ mod array_handle;
 pub(crate) mod cuda;
 mod error_handler;
 mod fresh;
+mod kept;
+pub(crate) mod memory;
+mod page_cache;
 mod rows;
 mod vector;
 
@@ -28,8 +31,10 @@ pub(crate) use array_handle::RawArray;
 pub(crate) use array_handle::{ArrayHandle, live_handles};
 pub(crate) use error_handler::check;
 pub(crate) use fresh::FreshHandle;
+pub(crate) use kept::{DeviceBytes, HostBytes};
+pub(crate) use page_cache::{is_cached_and_clean, start_writeback};
 pub(crate) use raw::{mlx_device_type_, mlx_dtype, mlx_dtype_};
-pub(crate) use vector::{async_eval, concatenate, eval, quantize};
+pub(crate) use vector::{async_eval, concatenate, eval, marks, quantize};
 
 use crate::error::{Error, Result};
 use std::ffi::{CStr, c_int};
@@ -88,32 +93,4 @@ pub(crate) fn default_device() -> Option<(mlx_device_type_::Type, c_int)> {
         raw::mlx_device_free(device);
         ok.then_some((kind, index))
     }
-}
-
-/// Returns MLX's unused buffers to the system.
-pub(crate) fn clear_memory_cache() -> Result<()> {
-    // SAFETY: takes nothing.
-    check("clear_cache", unsafe { raw::mlx_clear_cache() })
-}
-
-/// Bytes that MLX's arrays hold now.
-pub(crate) fn active_memory() -> Result<usize> {
-    let mut bytes = 0;
-    // SAFETY: writes one number through a pointer to a local.
-    check("active_memory", unsafe { raw::mlx_get_active_memory(&raw mut bytes) })?;
-    Ok(bytes)
-}
-
-/// Most bytes that MLX's arrays held at once.
-pub(crate) fn peak_memory() -> Result<usize> {
-    let mut bytes = 0;
-    // SAFETY: writes one number through a pointer to a local.
-    check("peak_memory", unsafe { raw::mlx_get_peak_memory(&raw mut bytes) })?;
-    Ok(bytes)
-}
-
-/// Starts counting the peak anew.
-pub(crate) fn reset_peak_memory() -> Result<()> {
-    // SAFETY: takes nothing.
-    check("reset_peak_memory", unsafe { raw::mlx_reset_peak_memory() })
 }

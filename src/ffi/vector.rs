@@ -65,6 +65,19 @@ pub(crate) fn async_eval<'a>(op: &'static str, arrays: impl IntoIterator<Item = 
     check(op, unsafe { raw::mlx_async_eval(vector.0) })
 }
 
+/// Arrays without data that stand for the computations under way whose outcome `arrays` are.
+pub(crate) fn marks<'a>(
+    op: &'static str,
+    arrays: impl IntoIterator<Item = &'a ArrayHandle>,
+) -> Result<Vec<ArrayHandle>> {
+    let (arrays, mut marks) = (ArrayVector::new(op, arrays)?, ArrayVector::new(op, [])?);
+    // SAFETY: two live vectors, of which the second is filled in place.
+    check(op, unsafe { raw::mlxrs_marks(marks.as_out(), arrays.0) })?;
+    // SAFETY: a live vector.
+    let len = unsafe { raw::mlx_vector_array_size(marks.0) };
+    (0..len).map(|index| marks.get(op, index)).collect()
+}
+
 /// Joins arrays along `axis`; the dtype is the one that all of them promote to.
 pub(crate) fn concatenate(arrays: &[&ArrayHandle], axis: i32) -> Result<ArrayHandle> {
     let op = "concatenate";

@@ -1,9 +1,10 @@
 //! Brings a cache file from one format into another: its header and its bytes, without building an array.
 
-use super::header::TensorInfo;
-use super::reader::CacheFile;
-use super::wire::{self, Decoded, Encoded, Format};
-use super::writer::{Saved, write_file};
+use super::atomic::{AtomicFile, effective_safetensors_path};
+use super::header::{self, TensorInfo};
+use super::reader::{CacheFile, Data};
+use super::wire::{self, Decoded, Encoded, Format, Leaf};
+use super::writer::Saved;
 use crate::array::Dtype;
 use crate::cache::schema::{self, Described, Rows};
 use crate::error::{Error, Result};
@@ -74,7 +75,28 @@ pub fn recast(decoded: Decoded, to: Format) -> Result<Encoded<CutTensor>> {
 pub fn convert(from: &Path, to: &Path, format: Format, durable: bool) -> Result<Saved> {
     let (decoded, data) = CacheFile::open(from)?.into_parts();
     let encoded = recast(decoded, format)?;
-    write_file(to, &encoded, durable, &mut |tensor, sink| {
-        tensor.runs().try_for_each(|(start, n_bytes)| data.copy(start, n_bytes, sink))
-    })
+    write(to, &encoded, durable, &data)
+}
+
+/// Puts a file in place, atomically, with the bytes of another one.
+fn write(path: &Path, encoded: &Encoded<CutTensor>, durable: bool, data: &Data) -> Result<Saved> {
+    let head = header::build(&encoded.tensors, &encoded.metadata)?;
+    let path = effective_safetensors_path(path);
+    let mut file = AtomicFile::create(&path)?;
+    let mut n_bytes = head.len() as u64;
+    file.write_all(&head)?;
+    let mut write = |bytes: &[u8]| {
+        n_bytes += bytes.len() as u64;
+        file.write_all(bytes)
+    };
+    for (_, leaf) in &encoded.tensors {
+        match leaf {
+            Leaf::Array(tensor) => {
+                tensor.runs().try_for_each(|(start, n_bytes)| data.copy(start, n_bytes, &mut write))?;
+            }
+            Leaf::Scalar { bytes, .. } => write(bytes)?,
+        }
+    }
+    file.commit(durable)?;
+    Ok(Saved { path, n_bytes })
 }

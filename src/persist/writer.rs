@@ -1,13 +1,15 @@
-//! Writes a cache file: the header first, then the tensors from where they lie in memory.
+//! Makes a cache file of caches: what its header says, and where in memory its bytes lie.
 
-use super::Metadata;
 use super::atomic::{AtomicFile, effective_safetensors_path};
-use super::header;
-use super::wire::{self, Encoded, Format, Leaf};
-use crate::array::{self, Array};
+use super::layout::Layout;
+use super::save::{Ready, Source};
+use super::wire::{self, Format, Leaf};
+use super::{Metadata, header, threads};
+use crate::array::{self, Array, Dtype};
 use crate::cache::schema::{self, Described, Rows};
-use crate::cache::{Cache, CacheState, zero_rows};
+use crate::cache::{Cache, CacheState};
 use crate::error::{Error, Result};
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 /// The operation that errors name.
@@ -23,11 +25,13 @@ pub struct SaveOptions {
     pub padded: bool,
     /// The file survives a crash of the machine from the moment the save returns.
     pub durable: bool,
+    /// How many threads write at once; None: the environment variable `MLXRS_PY_THREADS`, else the cores, at most 8.
+    pub threads: Option<NonZero<usize>>,
 }
 
 impl Default for SaveOptions {
     fn default() -> Self {
-        Self { format: Format::V032, padded: false, durable: true }
+        Self { format: Format::V032, padded: false, durable: true, threads: None }
     }
 }
 
@@ -61,6 +65,18 @@ pub fn write_states(
     metadata: &Metadata,
     options: &SaveOptions,
 ) -> Result<Saved> {
+    let ready = prepare(path, caches, metadata, options)?;
+    let file = AtomicFile::create(&ready.path)?;
+    ready.write(file)
+}
+
+/// Computes what goes into the file and finds where it lies; no file is touched.
+pub(super) fn prepare(
+    path: &Path,
+    caches: Vec<CacheState<Array>>,
+    metadata: &Metadata,
+    options: &SaveOptions,
+) -> Result<Ready> {
     // Before anything is computed: a state that no file can hold, or that is no state of its class.
     wire::check_metadata(metadata)?;
     if options.padded && options.format == Format::V031 {
@@ -69,54 +85,77 @@ pub fn write_states(
     }
     schema::check_layers(&caches)
         .map_err(|fault| Error::value(SAVE, format!("layer {}: {}", fault.key, fault.expected), fault.got))?;
+    let threads = threads::number(SAVE, options.threads)?;
     let mut buffers = Vec::new();
     for cache in &caches {
         cache.state.for_each_array(&mut |array| buffers.push(array));
     }
     array::eval(SAVE, buffers)?;
 
-    let mut cut = |array: Array, rows: Option<Rows>| valid_rows(array, rows, options.padded);
+    let mut cut = |array: Array, rows: Option<Rows>| Cut::new(&array, rows, options.padded);
     let caches = caches.into_iter().map(|cache| schema::map_arrays(cache, &mut cut)).collect::<Result<Vec<_>>>()?;
     let encoded = wire::encode(options.format, caches, metadata)?;
-    write_file(path, &encoded, options.durable, &mut Array::for_each_run)
-}
-
-/// Where bytes go.
-pub(super) type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
-
-/// Puts a file in place, atomically; `copy` hands the bytes of an array on.
-pub(super) fn write_file<T: Described>(
-    path: &Path,
-    encoded: &Encoded<T>,
-    durable: bool,
-    copy: &mut dyn FnMut(&T, Sink<'_>) -> Result<()>,
-) -> Result<Saved> {
     let head = header::build(&encoded.tensors, &encoded.metadata)?;
-    let path = effective_safetensors_path(path);
-    let mut file = AtomicFile::create(&path)?;
-    let mut n_bytes = head.len() as u64;
-    file.write_all(&head)?;
-    for (_, leaf) in &encoded.tensors {
-        let mut write = |bytes: &[u8]| {
-            n_bytes += bytes.len() as u64;
-            file.write_all(bytes)
+    array::eval(SAVE, encoded.tensors.iter().filter_map(|(_, leaf)| leaf.array()).map(|cut| &cut.rows))?;
+    let mut layouts = vec![Layout::plain(0, head.len())];
+    let mut sources = vec![Source::Small(head)];
+    for (_, leaf) in encoded.tensors {
+        let start = layouts.last().map_or(0, Layout::end);
+        let (source, layout) = match leaf {
+            Leaf::Array(cut) => cut.place(start)?,
+            Leaf::Scalar { bytes, .. } => {
+                let layout = Layout::plain(start, bytes.len());
+                (Source::Small(bytes), layout)
+            }
         };
-        match leaf {
-            Leaf::Array(array) => copy(array, &mut write)?,
-            Leaf::Scalar { bytes, .. } => write(bytes)?,
-        }
+        sources.push(source);
+        layouts.push(layout);
     }
-    file.commit(durable)?;
-    Ok(Saved { path, n_bytes })
+    let path = effective_safetensors_path(path);
+    Ok(Ready { path, sources, layouts, durable: options.durable, threads })
 }
 
-/// The rows of `array` that hold tokens, followed by as many zeros as there was padding if that is wanted.
-fn valid_rows(array: Array, rows: Option<Rows>, padded: bool) -> Result<Array> {
-    let Some(rows) = rows.filter(|rows| rows.valid < array.dim_or(2)) else { return Ok(array) };
-    let valid = array.rows(0, rows.valid)?;
-    if padded {
-        Array::concatenate(&[&valid, &zero_rows(&array, array.dim(2) - rows.valid, array.dtype())?], 2)
-    } else {
-        Ok(valid)
+/// Rows of an array, and the shape that the file gives them.
+struct Cut {
+    rows: Array,
+    shape: Vec<usize>,
+}
+
+impl Described for Cut {
+    fn shape(&self) -> Vec<usize> {
+        self.shape.clone()
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.rows.dtype()
+    }
+}
+
+impl Cut {
+    /// The rows of `array` that hold tokens. In the file as many zeros follow as there was padding if that is wanted.
+    fn new(array: &Array, rows: Option<Rows>, padded: bool) -> Result<Self> {
+        let rows = match rows.filter(|rows| rows.valid < array.dim_or(2)) {
+            Some(rows) => array.rows(0, rows.valid)?,
+            None => array.clone(),
+        };
+        let shape = Described::shape(if padded { array } else { &rows });
+        Ok(Self { rows, shape })
+    }
+
+    /// Its bytes, computed, and their places in the file from `start` on.
+    fn place(self, start: u64) -> Result<(Source, Layout)> {
+        let (n_valid, n_bytes) = (self.rows.n_bytes(), self.shape.iter().product::<usize>() * self.dtype().size());
+        // Zeros stand behind the rows of each head.
+        let n_heads = (n_valid != n_bytes).then(|| self.shape[..2].iter().product::<usize>());
+        let bytes = self.rows.bytes(SAVE, n_heads)?;
+        let layout = if let Some(n_heads) = n_heads {
+            let (in_file, valid) = (n_bytes / n_heads, n_valid / n_heads);
+            let in_memory = if bytes.n_runs == 1 { valid } else { bytes.pitch };
+            Layout { start, n_heads, in_file, valid, in_memory }
+        } else {
+            let (n_heads, valid, in_memory) = (bytes.n_runs, bytes.run, bytes.pitch);
+            Layout { start, n_heads, in_file: valid, valid, in_memory }
+        };
+        Ok((Source::Array(bytes), layout))
     }
 }

@@ -3,11 +3,13 @@
 use super::cache_to_python;
 use super::foreign::cache_state;
 use super::list::PyCacheList;
+use super::pending::PyPendingSave;
 use super::registry;
 use crate::array::Array;
 use crate::cache::{Cache, CacheState, State};
 use crate::error::Error;
-use crate::persist::{CacheFile, Format, SaveOptions, Saved, check_metadata, write_states};
+use crate::persist::background::WaitingSave;
+use crate::persist::{CacheFile, Format, Metadata, SaveOptions, Saved, check_metadata, write_states};
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -16,11 +18,12 @@ use std::collections::BTreeMap;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
-/// Saves caches, ours or mlx-lm's, into one safetensors file, and gives its path.
+/// Saves caches, ours or mlx-lm's, into one safetensors file.
 ///
-/// The file appears whole or not at all, and holds the valid rows only.
+/// The file appears whole or not at all, and holds the valid rows only. In the background it is written after the call.
 #[pyfunction]
-#[pyo3(signature = (file_name, cache, metadata = None, *, format = "0.32", padded = false, durable = true))]
+#[pyo3(signature = (file_name, cache, metadata = None, *, format = "0.32", padded = false, durable = true, threads = None, background = false))]
+#[expect(clippy::too_many_arguments, reason = "Python's keywords")]
 pub(super) fn save_prompt_cache(
     py: Python<'_>,
     file_name: PathBuf,
@@ -29,8 +32,17 @@ pub(super) fn save_prompt_cache(
     format: &str,
     padded: bool,
     durable: bool,
-) -> PyResult<()> {
-    save(py, &file_name, cache, metadata, format, padded, durable).map(|_| ())
+    threads: Option<i64>,
+    background: bool,
+) -> PyResult<Option<PyPendingSave>> {
+    let threads = at_least_one("save_prompt_cache", threads)?;
+    let options = SaveOptions { format: format.parse()?, padded, durable, threads };
+    if !background {
+        return save(py, &file_name, cache, metadata, &options).map(|_| None);
+    }
+    let (states, metadata) = to_be_saved(cache, metadata)?;
+    let waiting = py.detach(|| WaitingSave::new(&file_name, states, &metadata, &options))?;
+    PyPendingSave::start(py, waiting).map(Some)
 }
 
 /// As `save_prompt_cache`, and gives the file and its size in bytes.
@@ -45,7 +57,8 @@ pub(super) fn save_prompt_cache_with_size(
     padded: bool,
     durable: bool,
 ) -> PyResult<(PathBuf, u64)> {
-    let saved = save(py, &file_name, cache, metadata, format, padded, durable)?;
+    let options = SaveOptions { format: format.parse()?, padded, durable, threads: None };
+    let saved = save(py, &file_name, cache, metadata, &options)?;
     Ok((saved.path, saved.n_bytes))
 }
 
@@ -61,18 +74,23 @@ fn save(
     file_name: &Path,
     cache: &Bound<'_, PyAny>,
     metadata: Option<&Bound<'_, PyAny>>,
-    format: &str,
-    padded: bool,
-    durable: bool,
+    options: &SaveOptions,
 ) -> PyResult<Saved> {
-    let options = SaveOptions { format: format.parse::<Format>()?, padded, durable };
-    let metadata = metadata.map_or_else(|| Ok(BTreeMap::new()), metadata_from_python)?;
-    let states = cache.try_iter()?.map(|cache| cache_state(&cache?)).collect::<PyResult<Vec<_>>>()?;
+    let (states, metadata) = to_be_saved(cache, metadata)?;
     // On this thread, which owns the streams of lazy arrays, but without the GIL: the disk may be slow.
-    Ok(py.detach(|| write_states(file_name, states, &metadata, &options))?)
+    Ok(py.detach(|| write_states(file_name, states, &metadata, options))?)
 }
 
-fn metadata_from_python(metadata: &Bound<'_, PyAny>) -> PyResult<BTreeMap<String, String>> {
+fn to_be_saved(
+    cache: &Bound<'_, PyAny>,
+    metadata: Option<&Bound<'_, PyAny>>,
+) -> PyResult<(Vec<CacheState<Array>>, Metadata)> {
+    let metadata = metadata.map_or_else(|| Ok(BTreeMap::new()), metadata_from_python)?;
+    let states = cache.try_iter()?.map(|cache| cache_state(&cache?)).collect::<PyResult<Vec<_>>>()?;
+    Ok((states, metadata))
+}
+
+fn metadata_from_python(metadata: &Bound<'_, PyAny>) -> PyResult<Metadata> {
     let text = |object: Bound<'_, PyAny>, what: &str| -> PyResult<String> {
         let Ok(text) = object.cast::<PyString>() else {
             let message = format!("save_prompt_cache: expected a metadata {what} of type str, got {}", object.repr()?);
@@ -96,7 +114,7 @@ pub(super) fn load_prompt_cache(
     return_metadata: bool,
     threads: Option<i64>,
 ) -> PyResult<Bound<'_, PyAny>> {
-    let threads = threads.map(at_least_one).transpose()?;
+    let threads = at_least_one("load_prompt_cache", threads)?;
     let (path, (states, metadata)) = py.detach(|| {
         let file = CacheFile::open(&file_name)?;
         Ok::<_, Error>((file.path().to_owned(), file.read(threads)?))
@@ -111,11 +129,10 @@ pub(super) fn load_prompt_cache(
     Ok(caches.into_any())
 }
 
-fn at_least_one(threads: i64) -> PyResult<NonZero<usize>> {
+fn at_least_one(op: &str, threads: Option<i64>) -> PyResult<Option<NonZero<usize>>> {
+    let Some(threads) = threads else { return Ok(None) };
     let found = usize::try_from(threads).ok().and_then(NonZero::new);
-    found.ok_or_else(|| {
-        PyValueError::new_err(format!("load_prompt_cache: expected threads of at least 1, got {threads}"))
-    })
+    found.ok_or_else(|| PyValueError::new_err(format!("{op}: expected threads of at least 1, got {threads}"))).map(Some)
 }
 
 /// Deepest nesting of metadata; deeper keys stay dotted.

@@ -6,8 +6,10 @@ use super::batch::numbers_array;
 use super::bridge::PyArray;
 use super::cache_to_python;
 use crate::cache::{CacheConfig, make_prompt_cache, mask};
+use crate::error::Error;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use std::path::PathBuf;
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(create_attention_mask, module)?)?;
@@ -20,6 +22,7 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(super::inspect::verify_file, module)?)?;
     module.add_function(wrap_pyfunction!(super::inspect::convert_file, module)?)?;
     module.add_function(wrap_pyfunction!(blake3_hex, module)?)?;
+    module.add_function(wrap_pyfunction!(blake3_file, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)?;
     module.add_function(wrap_pyfunction!(live_handles, module)?)?;
     module.add_function(wrap_pyfunction!(make_prompt_cache_from_config, module)?)?;
@@ -86,6 +89,13 @@ fn make_prompt_cache_from_config(
 #[pyfunction]
 fn blake3_hex(py: Python<'_>, data: &[u8]) -> String {
     py.detach(|| blake3::hash(data).to_hex().to_string())
+}
+
+/// BLAKE3 of a file, as hexadecimal digits.
+#[pyfunction]
+fn blake3_file(py: Python<'_>, path: PathBuf) -> PyResult<String> {
+    let hash = py.detach(|| blake3::Hasher::new().update_mmap_rayon(&path).map(|hasher| hasher.finalize()));
+    Ok(hash.map_err(|source| Error::io("hash", &path, source))?.to_hex().to_string())
 }
 
 /// What the core was built from, and the device that it runs on now.

@@ -23,11 +23,13 @@ mod kv;
 mod list;
 mod lru;
 mod models;
+mod pending;
 mod prefill;
 mod quantized;
 mod quantized_rotating;
 mod registry;
 mod rotating;
+mod store;
 mod token_buffer;
 mod tokens;
 mod tree;
@@ -84,7 +86,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyBatchRotatingKvCache>()?;
     module.add_class::<PyTokenBuffer>()?;
     module.add_class::<PyLruPromptCache>()?;
+    store::register(module)?;
     trie::register(module)?;
+    pending::register(module)?;
     functions::register(module)
 }
 

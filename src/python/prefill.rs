@@ -3,27 +3,27 @@
 use super::base::count;
 use super::bridge::{PyArray, integers};
 use super::foreign::{Snapshot, is_reference};
-use crate::array::{self, Array};
-use crate::prefill::{Steps, run};
-use pyo3::exceptions::{PyNotImplementedError, PyTypeError, PyValueError};
+use crate::array::{self, Array, Pending, memory};
+use crate::prefill::{Pace, Step, Steps, run, start};
+use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyDict, PyList, PyString};
 use std::ops::Range;
 
 /// Runs `tokens` through `model` in windows of `step_size` and gives the logits (1, V) of the last token, evaluated.
 ///
 /// The windows, the memory barrier after each and the points where caches are quantized are those of mlx-lm 0.32.2's
-/// `generate_step(max_tokens=0)`. If anything is raised, Ctrl-C included, every cache is put back to the end of the
-/// last whole window first.
+/// `generate_step(max_tokens=0)`; the barrier of one window is waited for while the next is being computed. If anything
+/// is raised, Ctrl-C included, every cache is put back to the end of a whole window first.
 #[pyfunction]
-#[pyo3(signature = (model, tokens, cache, *, step_size = 2048, input_embeddings = None, kv_bits = None, kv_group_size = 64, quantized_kv_start = 5000, progress = None))]
+#[pyo3(signature = (model, tokens, cache, *, step_size, input_embeddings = None, kv_bits = None, kv_group_size = 64, quantized_kv_start = 5000, progress = None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn prefill<'py>(
     py: Python<'py>,
     model: Bound<'py, PyAny>,
     tokens: Bound<'py, PyAny>,
     cache: Bound<'py, PyAny>,
-    step_size: i64,
+    step_size: WindowSize,
     input_embeddings: Option<Bound<'py, PyAny>>,
     kv_bits: Option<i64>,
     kv_group_size: i64,
@@ -32,9 +32,6 @@ pub(super) fn prefill<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let op = "prefill";
     crate::ffi::check_not_forked(op)?;
-    if step_size < 1 {
-        return Err(PyValueError::new_err(format!("prefill: expected step_size of at least 1, got {step_size}")));
-    }
     let embeddings =
         input_embeddings.map(|embeddings| embeddings.extract::<PyArray>()).transpose()?.map(|array| array.0);
     let tokens = integers(op, "token ids (P,)", &tokens)?;
@@ -49,11 +46,34 @@ pub(super) fn prefill<'py>(
         quantization.check(&cache, count(op, "total", total as i64)?)?;
     }
     let progress = progress.filter(|progress| !progress.is_none());
-    let mut steps =
-        PySteps { py, model, tokens, embeddings, cache, quantization, progress, before: Vec::new(), logits: None };
-    run(&mut steps, total, count(op, "step_size", step_size)?)?;
+    let pace = Pace::new(step_size.0)?;
+    let mut steps = PySteps { py, model, tokens, embeddings, cache, quantization, progress, pace, logits: None };
+    run(&mut steps, total)?;
     let logits = steps.logits.ok_or_else(|| PyTypeError::new_err("prefill: the model gave no logits"))?;
     PyArray(logits).into_pyobject(py)
+}
+
+/// A `step_size`: a number of at least 1, or "auto".
+pub(super) struct WindowSize(Step);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for WindowSize {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(name) = object.cast::<PyString>() {
+            return match name.to_str()? {
+                "auto" => Ok(Self(Step::Auto)),
+                other => {
+                    Err(PyValueError::new_err(format!("prefill: expected step_size \"auto\" or tokens, got {other:?}")))
+                }
+            };
+        }
+        let n_tokens = object.extract::<i64>()?;
+        if n_tokens < 1 {
+            return Err(PyValueError::new_err(format!("prefill: expected step_size of at least 1, got {n_tokens}")));
+        }
+        Ok(Self(Step::Tokens(count("prefill", "step_size", n_tokens)?)))
+    }
 }
 
 /// Length of the prompt, of which tokens and embeddings must agree unless there are embeddings alone.
@@ -147,33 +167,33 @@ struct PySteps<'py> {
     cache: Bound<'py, PyAny>,
     quantization: Option<Quantization>,
     progress: Option<Bound<'py, PyAny>>,
-    /// The caches before the current window, and how to get each back.
-    before: Vec<(Bound<'py, PyAny>, Snapshot<'py>)>,
+    pace: Pace,
     logits: Option<Array>,
 }
 
-impl PySteps<'_> {
-    /// Evaluates without the GIL, on this thread, which owns the streams.
-    fn eval(&self, arrays: Vec<Array>) -> PyResult<()> {
-        Ok(self.py.detach(move || array::eval("prefill", &arrays))?)
-    }
-}
-
-impl Steps for PySteps<'_> {
+impl<'py> Steps for PySteps<'py> {
     type Error = PyErr;
+    /// The caches, and how to get each back.
+    type Checkpoint = Vec<(Bound<'py, PyAny>, Snapshot<'py>)>;
+    type Pending = Pending;
 
-    fn checkpoint(&mut self, n_tokens: usize) -> PyResult<()> {
-        self.before.clear();
-        for cache in self.cache.try_iter()? {
+    fn step(&self) -> usize {
+        self.pace.step()
+    }
+
+    fn checkpoint(&mut self, n_tokens: usize) -> PyResult<Self::Checkpoint> {
+        // Here, before a window is begun, there is least to undo.
+        self.py.check_signals()?;
+        let snapshot = |cache: PyResult<Bound<'py, PyAny>>| {
             let cache = cache?;
             let snapshot = Snapshot::take(&cache, n_tokens)?;
-            self.before.push((cache, snapshot));
-        }
-        Ok(())
+            Ok((cache, snapshot))
+        };
+        self.cache.try_iter()?.map(snapshot).collect()
     }
 
-    fn rollback(&mut self) {
-        for (index, (cache, snapshot)) in self.before.drain(..).enumerate() {
+    fn rollback(&mut self, checkpoint: Self::Checkpoint) {
+        for (index, (cache, snapshot)) in checkpoint.into_iter().enumerate() {
             // A cache that was replaced by a quantized one comes back itself.
             let list = self.cache.cast::<PyList>().map(|list| list.set_item(index, &cache));
             if let Err(error) = snapshot.put_back(&cache).and(list.unwrap_or(Ok(()))) {
@@ -202,14 +222,25 @@ impl Steps for PySteps<'_> {
         self.quantization.as_ref().map_or(Ok(()), |quantization| quantization.apply(&self.cache))
     }
 
-    fn barrier(&mut self) -> PyResult<()> {
+    fn barrier(&mut self) -> PyResult<Pending> {
         self.logits = None;
         let mut arrays = Vec::new();
         for cache in self.cache.try_iter()? {
             super::foreign::collect_arrays(&cache?, &mut arrays)?;
         }
-        self.eval(arrays)?;
-        Ok(array::clear_memory_cache()?)
+        // Without the GIL, on this thread, which owns the streams.
+        let pending = self.py.detach(move || start(&arrays))?;
+        self.pace.started()?;
+        Ok(pending)
+    }
+
+    fn wait(&mut self, pending: Pending) -> PyResult<()> {
+        Ok(self.py.detach(move || pending.wait("prefill"))?)
+    }
+
+    fn computed(&mut self) -> PyResult<()> {
+        self.pace.computed()?;
+        Ok(memory::bound_memory_cache()?)
     }
 
     fn finish(&mut self) -> PyResult<()> {
@@ -223,11 +254,15 @@ impl Steps for PySteps<'_> {
         };
         let last = logits.slice_axis_1(length as usize - 1)?.reshape(&[1, vocabulary])?;
         self.logits = Some(last.clone());
-        self.eval(vec![last])
+        Ok(self.py.detach(move || array::eval("prefill", [&last]))?)
+    }
+
+    fn hides_failures(error: &PyErr) -> bool {
+        // What MLX raises, in Python or here.
+        Python::attach(|py| error.is_instance_of::<PyRuntimeError>(py))
     }
 
     fn progress(&mut self, done: usize, total: usize) -> PyResult<()> {
-        // Here, between two windows, nothing has to be undone.
         self.py.check_signals()?;
         self.progress.as_ref().map_or(Ok(()), |progress| progress.call1((done, total)).map(|_| ()))
     }

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm import batch_generate, generate, load, stream_generate
+from mlx_lm import batch_generate, generate, load, server, stream_generate
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import base, cache, llama
 from mlx_lm.models.base import create_attention_mask, create_causal_mask, scaled_dot_product_attention
@@ -27,6 +27,7 @@ __all__ = [
     "model_module",
     "prefill",
     "scaled_dot_product_attention",
+    "server",
     "stream_generate",
     "tiny_llama",
 ]

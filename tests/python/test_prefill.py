@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import mlxrs_py
 from mlxrs_py.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, QuantizedRotatingKVCache, RotatingKVCache
 from test_threads import elsewhere
-from tiny import TinyModel, every_class, leaves, raw
+from tiny import TinyModel, active_memory, every_class, leaves, raw
 
 TOKENS = list(range(1, 11))
 
@@ -40,12 +40,12 @@ def test_the_last_token_goes_alone_and_progress_follows_every_window(total, wind
     assert [c.offset for c in caches] == [total, total]
 
 
-def test_progress_comes_between_the_windows():
+def test_a_window_is_told_of_once_the_next_is_under_way():
     model, trace = TinyModel(1), []
     model.on_layer = lambda layer: trace.append("forward")
-    mlxrs_py.prefill(model, TOKENS[:6], plain(1), step_size=4, progress=lambda done, total: trace.append(done))
+    mlxrs_py.prefill(model, TOKENS[:7], plain(1), step_size=3, progress=lambda done, total: trace.append(done))
     forward = ["forward", "forward"]
-    assert trace == [0, *forward, 4, *forward, 5, *forward, 6]
+    assert trace == [0, *forward, *forward, 3, *forward, 6, 7]
 
 
 @given(st.integers(1, 40), st.integers(1, 50))
@@ -77,20 +77,107 @@ def test_tokens_may_be_a_list_a_numpy_or_an_mlx_array(convert):
     assert raw(mlxrs_py.prefill(model, convert(TOKENS), plain(), step_size=4)) == raw(expected)
 
 
+class Collector(TinyModel):
+    """Hands out what the caches hold when a window has been recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.states = []
+
+    def __call__(self, tokens, cache, *rest):
+        logits = super().__call__(tokens, cache, *rest)
+        self.states.append([c.state for c in cache])
+        return logits
+
+
 @every_class
-def test_after_each_leading_window_all_buffers_are_computed_and_freed_memory_is_returned(make):
-    caches, seen = [make(), make()], []
+def test_a_window_is_computed_when_it_is_told_of_and_that_is_before_the_next_but_one_begins(make):
+    model, begun = Collector(), []
 
     def progress(done, total):
+        begun.append(len(model.states))
         if 0 < done < total:
-            assert mx.get_cache_memory() == 0
             # Another thread cannot compute what was recorded on this one; it can only find it done.
-            elsewhere(lambda: mx.eval([c.state for c in caches]))
-            seen.append(done)
+            elsewhere(lambda: mx.eval(model.states[len(begun) - 2]))
 
-    logits = mlxrs_py.prefill(TinyModel(), TOKENS, caches, step_size=4, progress=progress)
-    assert seen == [4, 8, 9]
-    elsewhere(lambda: mx.eval(logits))
+    logits = mlxrs_py.prefill(model, TOKENS + TOKENS, [make(), make()], step_size=4, progress=progress)
+    assert begun == [0, 2, 3, 4, 5, 6, 6]
+    elsewhere(lambda: mx.eval(logits, model.states))
+
+
+def test_a_leading_window_is_under_way_when_the_next_begins():
+    model, calls = Collector(), []
+
+    def find_done(layer):
+        # What was handed to the device is computed without this thread, sooner or later.
+        calls.append(layer)
+        elsewhere(lambda: mx.eval(model.states))
+
+    model.on_layer = find_done
+    mlxrs_py.prefill(model, TOKENS, plain(), step_size=4)
+    assert len(calls) == 2 * 2 * 4
+
+
+@pytest.mark.parametrize(("room", "stays"), [(10_000_000_000, True), (40_000_000, False)])
+def test_unused_memory_goes_back_when_it_takes_too_much(room, stays):
+    before = mx.set_memory_limit(active_memory() + room)
+    try:
+        mx.clear_cache()
+        unused = mx.arange(5_000_000)
+        mx.eval(unused)
+        del unused
+        mlxrs_py.prefill(TinyModel(), TOKENS, plain(), step_size=4)
+        assert (mx.get_cache_memory() >= 20_000_000) == stays
+    finally:
+        mx.set_memory_limit(before)
+
+
+def test_a_leading_window_computes_no_logits():
+    logits = []
+
+    class Keeping(TinyModel):
+        def __call__(self, tokens, cache):
+            logits.append(super().__call__(tokens, cache))
+            return logits[-1]
+
+    mlxrs_py.prefill(Keeping(), TOKENS, plain(), step_size=4)
+    for unused in logits[:-1]:
+        with pytest.raises(RuntimeError, match="no Stream"):
+            elsewhere(lambda unused=unused: mx.eval(unused))
+
+
+@pytest.mark.parametrize("tokens", [600, 3000, 9000])
+def test_the_step_may_follow_the_memory(tokens):
+    calls = []
+
+    def model(tokens, cache):
+        calls.append(tokens.shape[1])
+        rows = mx.zeros((1, 1, tokens.shape[1], 8))
+        cache[0].update_and_fetch(rows, rows)
+        return mx.zeros((1, 1, 5))
+
+    mlxrs_py.prefill(model, np.arange(tokens), plain(1), step_size="auto")
+    # So little memory fits anywhere.
+    rest = tokens - 1 - 1024
+    leading = [512, 512, *[4096] * (rest // 4096), rest % 4096] if rest > 0 else [512, tokens - 1 - 512]
+    assert calls == [*leading, 1]
+
+
+def test_the_step_stays_short_where_memory_is_short():
+    calls = []
+
+    def model(tokens, cache):
+        calls.append(tokens.shape[1])
+        rows = mx.zeros((1, 1, tokens.shape[1], 512))
+        cache[0].update_and_fetch(rows, rows)
+        return mx.zeros((1, 1, 5))
+
+    before = mx.set_memory_limit(active_memory() + 12_000_000)
+    try:
+        mlxrs_py.prefill(model, np.arange(4000), plain(1), step_size="auto")
+    finally:
+        mx.set_memory_limit(before)
+    assert set(calls[:-2]) == {512}
 
 
 def test_any_callable_is_a_model():
@@ -179,6 +266,7 @@ def test_rings_are_quantized_once_they_are_long_enough():
         (TOKENS, {"step_size": 0}, ValueError, "step_size of at least 1, got 0"),
         (TOKENS, {"step_size": -4}, ValueError, "step_size of at least 1, got -4"),
         (TOKENS, {"step_size": 2.5}, TypeError, "integer"),
+        (TOKENS, {"step_size": "some"}, ValueError, 'step_size "auto" or tokens, got "some"'),
         (TOKENS, {"kv_bits": 7}, ValueError, "bits among"),
         (TOKENS, {"kv_bits": 4, "kv_group_size": 5}, ValueError, "group_size among"),
         (TOKENS, {"progress": 3}, TypeError, "callable"),

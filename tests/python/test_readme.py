@@ -1,4 +1,4 @@
-"""What the README and the guide say is run."""
+"""What the README and the page of the prompt store say is run."""
 
 import os
 import re
@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PROJECT = Path(__file__).parents[2]
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+STORE = (PROJECT / "docs" / "prompt-store.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", blocks("python") + blocks("python", STORE))
 def test_the_python_examples_run(code, tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -35,7 +37,7 @@ def test_the_python_examples_run(code, tmp_path):
 @pytest.mark.real_model
 def test_the_commands_run(tmp_path):
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("mlxrs-py")]
-    assert len(commands) == 6
+    assert len(commands) == 9
     for command in commands:
         words = [sys.executable, "-m", "mlxrs_py", *shlex.split(command, comments=True)[1:]]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -46,6 +48,6 @@ def test_the_commands_run(tmp_path):
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
-    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", "\n".join(blocks("sh")), flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target

@@ -54,6 +54,30 @@ def test_an_error_of_the_module_is_shown_as_python_shows_it(run):
 
 
 @needs_mlx_lm
+def test_the_store_is_taken_out_of_the_servers_arguments_and_before_the_module_of_any(run):
+    store, other = ("--prompt-store", "folder", "--prompt-store-bytes", "20MB"), ("--prompt-store", "other")
+    result = run(*store, "program", *other)
+    assert (result.returncode, result.stdout) == (3, f"__main__ mlxrs_py.cache mlxrs_py.cache {list(other)}\n")
+    for server in (("mlx_lm.server",), ("mlx_lm", "server")):
+        result = run(*server, *store, "--no-such-flag")
+        assert result.returncode == 2 and result.stderr.endswith("unrecognized arguments: --no-such-flag\n")
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["mlx_lm.server", "--prompt-store"], "--prompt-store: expected one argument"),
+        (["mlx_lm.server", "--prompt-store", "x", "--prompt-store-bytes", "many"], "500MB"),
+        (["mlx_lm.server", "--prompt-store-bytes", "1GB"], "--prompt-store-bytes needs --prompt-store"),
+    ],
+)
+def test_a_wrong_store_is_told_before_the_server_runs(run, arguments, words):
+    result = run(*arguments)
+    assert result.returncode in (1, 2) and words in result.stderr and "Traceback" not in result.stderr
+
+
+@needs_mlx_lm
 @pytest.mark.parametrize("words", [("mlx_lm.generate",), ("mlx_lm", "generate")], ids=".".join)
 def test_commands_of_mlx_lm_run_under_both_of_their_names(run, words):
     result = run(*words, "--help")

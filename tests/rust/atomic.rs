@@ -1,6 +1,7 @@
 //! Saves are whole or have not happened: the writer of files on healthy, odd and failing systems.
 
 mod faults;
+mod parallel;
 mod savers;
 mod sweep;
 
@@ -142,6 +143,7 @@ fn a_child_process_plays_its_part_and_then_says_done() {
         "umask" => save_under_a_umask(place),
         "file size" => faults::save_under_a_file_size_limit(place),
         "full disk" => faults::save_to_a_full_disk(place),
+        "threads" => parallel::save_with_a_fault_in_each_write(place),
         "saver" => savers::save_again_and_again(place),
         other => panic!("no part {other}"),
     }

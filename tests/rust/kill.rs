@@ -93,8 +93,25 @@ fn version_of(target: &Path) -> Option<u64> {
 fn save(target: &Path, version: u64) -> mlxrs_py::Result<()> {
     let bytes = content(version);
     let mut file = AtomicFile::create(target)?;
-    for piece in bytes.chunks(bytes.len().div_ceil(PIECES)) {
-        file.write_all(piece)?;
+    let size = bytes.len().div_ceil(PIECES);
+    if version.is_multiple_of(2) {
+        for piece in bytes.chunks(size) {
+            file.write_all(piece)?;
+        }
+    } else {
+        file.reserve(bytes.len() as u64)?;
+        let pieces: Vec<_> = bytes.chunks(size).enumerate().collect();
+        let write = |half: &[(usize, &[u8])]| {
+            half.iter().try_for_each(|(at, piece)| {
+                file.write_all_at(piece, (at * size) as u64)?;
+                file.start_writeback((at * size) as u64, piece.len());
+                mlxrs_py::Result::Ok(())
+            })
+        };
+        thread::scope(|threads| {
+            let halves: Vec<_> = pieces.chunks(PIECES / 2).map(|half| threads.spawn(move || write(half))).collect();
+            halves.into_iter().try_for_each(|half| half.join().unwrap())
+        })?;
     }
     file.commit(true)
 }

@@ -20,5 +20,6 @@ mod recast;
 mod restore;
 mod revive;
 mod schema;
+mod states;
 mod store;
 mod wire;

@@ -3,7 +3,7 @@
 use crate::mock::{MockModel, tokens_of};
 use mlxrs_py::array::Array;
 use mlxrs_py::cache::{Cache, CacheConfig, KvTensor, RotatingKvCache, make_prompt_cache};
-use mlxrs_py::prefill::{Steps, materialize_caches, prefill_full, run, windows};
+use mlxrs_py::prefill::{Step, Steps, materialize_caches, prefill_full, run, windows};
 use std::ops::Range;
 
 fn plain(layers: usize) -> Vec<Cache> {
@@ -50,50 +50,143 @@ fn an_empty_prompt_is_refused() {
     assert!(prefill_full(&mut MockModel::new(5), &[], &mut plain(1), 4).is_err());
 }
 
-/// Counts the barriers that the loop asks for.
+/// Notes what the loop asks for, and fails where it is told to.
 #[derive(Default)]
-struct Counter {
-    barriers: usize,
-    finishes: usize,
-    reports: Vec<(usize, usize)>,
+struct Trace {
+    step: usize,
+    calls: Vec<String>,
+    fails: &'static str,
+    hides: bool,
 }
 
-impl Steps for Counter {
-    type Error = ();
-
-    fn checkpoint(&mut self, _n_tokens: usize) -> Result<(), ()> {
-        Ok(())
+impl Trace {
+    fn note(&mut self, call: String) -> Result<(), bool> {
+        let fails = self.fails == call;
+        self.calls.push(call);
+        if fails { Err(self.hides) } else { Ok(()) }
     }
 
-    fn rollback(&mut self) {}
-
-    fn forward(&mut self, _window: Range<usize>) -> Result<(), ()> {
-        Ok(())
+    fn run(total: usize, step: usize, fails: &'static str, hides: bool) -> (Result<(), bool>, Vec<String>) {
+        let mut trace = Self { step, fails, hides, ..Self::default() };
+        let result = run(&mut trace, total);
+        (result, trace.calls)
     }
 
-    fn barrier(&mut self) -> Result<(), ()> {
-        self.barriers += 1;
-        Ok(())
+    fn count(&self, what: &str) -> usize {
+        self.calls.iter().filter(|call| call.starts_with(what)).count()
+    }
+}
+
+impl Steps for Trace {
+    /// Whether it may hide another.
+    type Error = bool;
+    type Checkpoint = usize;
+    type Pending = usize;
+
+    fn step(&self) -> usize {
+        self.step
     }
 
-    fn finish(&mut self) -> Result<(), ()> {
-        self.finishes += 1;
-        Ok(())
+    fn checkpoint(&mut self, _n_tokens: usize) -> Result<usize, bool> {
+        let at = self.count("forward");
+        self.note(format!("checkpoint {at}")).map(|()| at)
     }
 
-    fn progress(&mut self, done: usize, total: usize) -> Result<(), ()> {
-        self.reports.push((done, total));
-        Ok(())
+    fn rollback(&mut self, checkpoint: usize) {
+        self.calls.push(format!("back to {checkpoint}"));
+    }
+
+    fn forward(&mut self, _window: Range<usize>) -> Result<(), bool> {
+        self.note(format!("forward {}", self.count("forward")))
+    }
+
+    fn barrier(&mut self) -> Result<usize, bool> {
+        let at = self.count("barrier");
+        self.note(format!("barrier {at}")).map(|()| at)
+    }
+
+    fn wait(&mut self, pending: usize) -> Result<(), bool> {
+        self.note(format!("wait {pending}"))
+    }
+
+    fn computed(&mut self) -> Result<(), bool> {
+        self.note("computed".to_owned())
+    }
+
+    fn finish(&mut self) -> Result<(), bool> {
+        self.note("finish".to_owned())
+    }
+
+    fn hides_failures(error: &bool) -> bool {
+        *error
+    }
+
+    fn progress(&mut self, done: usize, total: usize) -> Result<(), bool> {
+        self.note(format!("{done} of {total}"))
     }
 }
 
 #[test]
 fn the_barrier_runs_once_per_leading_chunk() {
     for (total, step, expected) in [(7, 2, 3), (4, 8, 1), (1, 8, 0)] {
-        let mut counter = Counter::default();
-        run(&mut counter, total, step).unwrap();
-        assert_eq!((counter.barriers, counter.finishes), (expected, 1), "P {total}, step {step}");
+        let mut trace = Trace { step, ..Trace::default() };
+        run(&mut trace, total).unwrap();
+        let counts = ["barrier", "wait", "computed", "finish"].map(|what| trace.count(what));
+        assert_eq!(counts, [expected, expected, expected, 1], "P {total}, step {step}");
     }
+}
+
+#[test]
+fn a_window_is_waited_for_once_the_next_is_under_way() {
+    let (result, calls) = Trace::run(7, 3, "", false);
+    assert_eq!(result, Ok(()));
+    let expected = [
+        "0 of 7",
+        "checkpoint 0",
+        "forward 0",
+        "barrier 0", //
+        "checkpoint 1",
+        "forward 1",
+        "barrier 1",
+        "wait 0",
+        "computed",
+        "3 of 7", //
+        "checkpoint 2",
+        "forward 2",
+        "finish",
+        "wait 1",
+        "computed",
+        "6 of 7",
+        "7 of 7",
+    ];
+    assert_eq!(calls, expected);
+}
+
+#[test]
+fn what_stops_a_prefill_undoes_the_newer_window_first_and_the_older_only_if_it_failed() {
+    let undone = |fails, hides| {
+        let (result, calls) = Trace::run(7, 3, fails, hides);
+        assert_eq!(result, Err(hides), "{fails}");
+        let at = calls.iter().position(|call| call == fails).unwrap();
+        calls[at + 1..].to_vec()
+    };
+    assert_eq!(undone("forward 0", false), ["back to 0"]);
+    // The first window is under way when the second cannot be built: it is waited for, and stays.
+    assert_eq!(undone("checkpoint 1", false), ["wait 0"]);
+    assert_eq!(undone("forward 1", false), ["back to 1", "wait 0"]);
+    assert_eq!(undone("barrier 1", false), ["back to 1", "wait 0"]);
+    // Unless what stopped the second may be the first one's failure, which MLX tells once.
+    assert_eq!(undone("barrier 1", true), ["back to 1", "wait 0", "back to 0"]);
+    assert_eq!(undone("checkpoint 1", true), ["wait 0", "back to 0"]);
+    // The first fails when the second is under way.
+    assert_eq!(undone("wait 0", false), ["wait 1", "back to 1", "back to 0"]);
+    assert_eq!(undone("computed", false), ["wait 1", "back to 1"]);
+    assert_eq!(undone("3 of 7", false), ["wait 1", "back to 1"]);
+    // The last window is computed when the one before is told of.
+    assert_eq!(undone("6 of 7", false), ["back to 2"]);
+    assert_eq!(undone("finish", false), ["back to 2", "wait 1"]);
+    assert_eq!(undone("7 of 7", false), [] as [&str; 0]);
+    assert_eq!(undone("0 of 7", false), [] as [&str; 0]);
 }
 
 #[test]
@@ -137,10 +230,19 @@ fn the_barrier_takes_the_stored_buffers_not_the_sliced_state() {
 }
 
 #[test]
-fn progress_is_told_at_the_start_and_after_every_window() {
-    let mut counter = Counter::default();
-    run(&mut counter, 10, 4).unwrap();
-    assert_eq!(counter.reports, [(0, 10), (4, 10), (8, 10), (9, 10), (10, 10)]);
+fn progress_is_told_at_the_start_and_of_every_window() {
+    let (_, calls) = Trace::run(10, 4, "", false);
+    let told: Vec<_> = calls.iter().filter(|call| call.contains(" of ")).collect();
+    assert_eq!(told, ["0 of 10", "4 of 10", "8 of 10", "9 of 10", "10 of 10"]);
+}
+
+#[test]
+fn the_step_may_follow_the_memory() {
+    let (mut model, mut caches) = (MockModel::new(5), plain(1));
+    prefill_full(&mut model, &prompt(9000), &mut caches, Step::Auto).unwrap();
+    // What a fake model takes fits anywhere.
+    assert_eq!(model.windows, [512, 512, 4096, 3879, 1]);
+    assert_eq!(caches[0].as_kv().unwrap().offset(), 9000);
 }
 
 #[test]

@@ -83,7 +83,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def _parser() -> argparse.ArgumentParser:
     from mlxrs_py._core import __version__
-    from mlxrs_py.cli import cache_prompt, convert, default_model, generate, inspect, run, verify
+    from mlxrs_py.cli import cache_prompt, convert, default_model, generate, inspect, run, store, verify
 
     parser = argparse.ArgumentParser(
         prog="mlxrs-py",
@@ -95,6 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (cache_prompt, generate, inspect, verify, convert, run, default_model):
+    for command in (cache_prompt, generate, inspect, verify, convert, store, run, default_model):
         command.add(commands, common)
     return parser

@@ -19,12 +19,16 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "cache-prompt",
         parents=[common],
         help="run a prompt through a model and save the caches",
-        description="Run a prompt through a model and save the caches. A later question continues the prompt.",
+        description="Run a prompt through a model and save the caches, in a file or in a store. A later question "
+        "continues the prompt; in a store it is found by its beginning.",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help='the text; "-" reads standard input')
-    parser.add_argument(
-        "--prompt-cache-file", required=True, metavar="FILE", help="the file to write; ends in .safetensors"
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--prompt-cache-file", metavar="FILE", help="the file to write; ends in .safetensors")
+    place.add_argument(
+        "--store", metavar="FOLDER", help="the store to put the prompt into; what it has is not computed"
     )
+    models.add_store_bytes(parser)
     parser.add_argument(
         "--metadata",
         action="append",
@@ -54,7 +58,11 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="numbers that share a scale (default: 64)",
     )
     caches.add_argument(
-        "--quantized-kv-start", type=int, default=5000, metavar="N", help="quantize from token N on (default: 5000)"
+        "--quantized-kv-start",
+        type=int,
+        default=5000,
+        metavar="N",
+        help="quantize from token N on (default: 5000); in a store always from the first",
     )
     caches.add_argument(
         "--prefill-step-size", type=models.positive, default=2048, metavar="N", help="tokens per chunk (default: 2048)"
@@ -74,6 +82,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     model = models.make_default(silent=arguments.no_progress) if arguments.model is None else arguments.model
     models.quiet()
+    if arguments.store is not None:
+        return _put(arguments, model)
     info = cache_prompt(
         model,
         models.read_prompt(arguments.prompt),
@@ -94,6 +104,40 @@ def _run(arguments: argparse.Namespace) -> int:
         print(
             f"{info.tokens_processed} tokens at {info.tokens_per_second:.1f} tok/s, peak memory "
             f"{info.peak_memory / 1e9:.3f} GB, {info.n_bytes / 1e6:.1f} MB in {info.file}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _put(arguments: argparse.Namespace, model_path: str) -> int:
+    """Put the prompt into a store."""
+    from mlxrs_py.prompt import chat_prompt
+    from mlxrs_py.store import PromptStore
+
+    if arguments.max_kv_size is not None or arguments.metadata or arguments.format != "0.32":
+        raise ValueError("cache-prompt: --max-kv-size, --metadata and --format do not go with --store")
+    text = models.read_prompt(arguments.prompt)
+    if not text:
+        raise ValueError("cache-prompt: expected a text, got an empty prompt")
+    with PromptStore(arguments.store, disk_bytes=arguments.store_bytes) as store:
+        config = models.tokenizer_config(arguments)
+        model, tokenizer = models.load(model_path, arguments.adapter_path, config)
+        view = store.view(
+            model,
+            source=model_path,
+            adapter=arguments.adapter_path,
+            kv_bits=arguments.kv_bits,
+            kv_group_size=arguments.kv_group_size,
+        )
+        tokens = chat_prompt(tokenizer, text)
+        progress = None if arguments.no_progress else _progress()
+        start = time.perf_counter()
+        _, caches, n_restored = view.prefill(model, tokens, step_size=arguments.prefill_step_size, progress=progress)
+        view.put(tokens, caches, keep=True).result()
+    if not arguments.no_progress:
+        print(
+            f"{len(tokens)} tokens in {time.perf_counter() - start:.1f} s, {n_restored} of them were there, in "
+            f"{store.path or 'memory'}",
             file=sys.stderr,
         )
     return 0

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_flags", "load", "make_default", "positive", "quiet", "read_prompt"]
+__all__ = [
+    "add_flags",
+    "add_store_bytes",
+    "load",
+    "load_named",
+    "make_default",
+    "positive",
+    "quiet",
+    "read_prompt",
+    "size",
+    "tokenizer_config",
+]
 
 
 def add_flags(parser: argparse.ArgumentParser, *, model_help: str) -> None:
@@ -20,11 +33,32 @@ def add_flags(parser: argparse.ArgumentParser, *, model_help: str) -> None:
     group.add_argument("--eos-token", metavar="TOKEN", help="ends generation in place of the tokenizer's own")
 
 
+def add_store_bytes(group: Any) -> None:
+    """Add the flag that says how large a store may become."""
+    group.add_argument(
+        "--store-bytes",
+        type=size,
+        default=32 << 30,
+        metavar="N",
+        help="the store stays below; 500MB and 20GB are understood (default: 32GiB)",
+    )
+
+
 def positive(text: str) -> int:
     """Read a number of at least 1."""
     if not text.isdecimal() or (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return number
+
+
+def size(text: str) -> int:
+    """Read a number of bytes: 1000, 500MB, 1.5GB, 32GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i)?)?B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a number of bytes such as 500MB or 20GB, got {text!r}")
+    number, unit, binary = match.groups()
+    power = " KMGT".index((unit or " ").upper())
+    return int(Decimal(number) * (1024 if binary else 1000) ** power)
 
 
 def make_default(*, silent: bool = False) -> str:
@@ -49,6 +83,20 @@ def load(model: str, adapter_path: str | None, tokenizer_config: dict[str, Any])
         tokenizer_config=tokenizer_config,
         trust_remote_code=tokenizer_config["trust_remote_code"],
     )
+
+
+def tokenizer_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Give what the flags say of the tokenizer."""
+    config: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
+    if arguments.eos_token is not None:
+        config["eos_token"] = arguments.eos_token
+    return config
+
+
+def load_named(arguments: argparse.Namespace) -> tuple[str, Any, Any]:
+    """Load the model that the flags name, or the embedded default; give its path too."""
+    path = make_default(silent=not sys.stderr.isatty()) if arguments.model is None else arguments.model
+    return path, *load(path, arguments.adapter_path, tokenizer_config(arguments))
 
 
 def quiet() -> None:

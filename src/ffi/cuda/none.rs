@@ -1,5 +1,6 @@
 //! Where there is no CUDA nothing of it can be made.
 
+use super::Runs;
 use crate::error::Result;
 use crate::ffi::ArrayHandle;
 use std::convert::Infallible;
@@ -9,11 +10,15 @@ pub(crate) const fn is_there() -> bool {
     false
 }
 
-pub(crate) struct Memory(Infallible);
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Memory {
+    pub(crate) is_on_device: bool,
+    never: Infallible,
+}
 
 impl Memory {
-    pub(crate) fn of(_array: &ArrayHandle, _n_bytes: usize) -> Result<Self> {
-        Err(absent())
+    pub(crate) fn of(op: &'static str, _array: &ArrayHandle, _n_bytes: usize) -> Result<Self> {
+        Err(absent(op))
     }
 }
 
@@ -21,15 +26,19 @@ pub(crate) struct Uploader(Infallible);
 
 impl Uploader {
     pub(crate) fn new(_slot_bytes: usize) -> Result<Self> {
-        Err(absent())
+        Err(absent("upload"))
     }
 
     pub(crate) fn slot(&mut self) -> Result<&mut [u8]> {
         match self.0 {}
     }
 
-    pub(crate) fn upload(&mut self, memory: &Memory, _: &Range<usize>, _: [usize; 2], _: usize) -> Result<()> {
-        match memory.0 {}
+    pub(crate) fn upload(&mut self, memory: &Memory, _: &Range<usize>, _: [usize; 2], _: [usize; 2]) -> Result<()> {
+        match memory.never {}
+    }
+
+    pub(crate) fn send(&mut self) -> Result<()> {
+        match self.0 {}
     }
 
     pub(crate) fn finish(self) -> Result<()> {
@@ -37,6 +46,42 @@ impl Uploader {
     }
 }
 
-fn absent() -> crate::Error {
-    crate::Error::Mlx { op: "upload", message: "there is no CUDA on this system".to_owned() }
+pub(crate) struct Downloader(Infallible);
+
+impl Downloader {
+    pub(crate) fn new(_slot_bytes: usize) -> Result<Self> {
+        Err(absent("download"))
+    }
+
+    pub(crate) const fn is_full(&self) -> bool {
+        match self.0 {}
+    }
+
+    pub(crate) const fn is_empty(&self) -> bool {
+        match self.0 {}
+    }
+
+    pub(crate) fn slot(&mut self) -> Result<&mut [u8]> {
+        match self.0 {}
+    }
+
+    pub(crate) fn download(&mut self, memory: &Memory, _: Runs, _: Runs) -> Result<()> {
+        match memory.never {}
+    }
+
+    pub(crate) fn send(&mut self) -> Result<()> {
+        match self.0 {}
+    }
+
+    pub(crate) fn take(&mut self) -> Result<&[u8]> {
+        match self.0 {}
+    }
+}
+
+pub(crate) fn copy_on_device(_: impl IntoIterator<Item = (Memory, Runs, Memory, Runs)>) -> Result<()> {
+    Err(absent("snapshot"))
+}
+
+fn absent(op: &'static str) -> crate::Error {
+    crate::Error::Mlx { op, message: "there is no CUDA on this system".to_owned() }
 }

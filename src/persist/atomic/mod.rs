@@ -3,6 +3,7 @@
 //! The bytes go to a temporary file in the target's own folder, which is then renamed over the target: at every
 //! moment, also when the process or the machine dies, the target is the old file or the new one.
 
+mod pages;
 mod place;
 mod probe;
 mod sweep;
@@ -11,6 +12,8 @@ mod temp_name;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
@@ -18,6 +21,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, retry_on_intr};
 
+use self::pages::OldPages;
 use self::place::Place;
 use self::probe::reach;
 #[doc(hidden)]
@@ -26,6 +30,8 @@ use crate::error::{Error, Result};
 
 /// How often a temporary name may turn out to be taken before the folder is given up.
 const NAMES_TRIED: usize = 64;
+/// From this size on, what becomes of a file's memory matters.
+const LARGE: u64 = 8 << 20;
 
 /// `path` as files of caches are named: `.safetensors` is added to a name that does not end with it.
 #[must_use]
@@ -61,6 +67,7 @@ pub struct AtomicFile {
     place: Place,
     temp: OsString,
     file: File,
+    old_pages: Option<OldPages>,
     is_committed: bool,
 }
 
@@ -76,7 +83,7 @@ impl AtomicFile {
         let old = place.occupant().map_err(|error| fail("replace")(error.into()))?;
         sweep::remove_dead(&place);
         let (temp, file) = make_temporary(&place, old).map_err(fail("create a temporary file for"))?;
-        Ok(Self { target: target.to_owned(), path, place, temp, file, is_committed: false })
+        Ok(Self { target: target.to_owned(), path, place, temp, file, old_pages: None, is_committed: false })
     }
 
     /// Appends `bytes`.
@@ -86,6 +93,34 @@ impl AtomicFile {
     pub fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
         let written = reach(Phase::Write).and_then(|()| self.file.write_all(bytes));
         written.map_err(|source| self.error("write", source))
+    }
+
+    /// Makes room on the disk for `n_bytes` in all, zeros until they are [written](Self::write_all_at).
+    ///
+    /// # Errors
+    /// As [`write_all`](Self::write_all), before any byte is written.
+    pub fn reserve(&mut self, n_bytes: u64) -> Result<()> {
+        let reserved = reach(Phase::Write).and_then(|()| reserve(&self.file, n_bytes));
+        reserved.map_err(|source| self.error("write", source))?;
+        self.old_pages = if n_bytes < LARGE { None } else { OldPages::find(&self.place) };
+        Ok(())
+    }
+
+    /// Writes `bytes` at byte `at` of the file. Several threads may, at places of their own.
+    ///
+    /// # Errors
+    /// As [`write_all`](Self::write_all).
+    pub fn write_all_at(&self, bytes: &[u8], at: u64) -> Result<()> {
+        if let Some(pages) = &self.old_pages {
+            pages.give_up(at, bytes.len());
+        }
+        let written = reach(Phase::Write).and_then(|()| self.file.write_all_at(bytes, at));
+        written.map_err(|source| self.error("write", source))
+    }
+
+    /// Lets the disk begin with bytes that were written, so that the commit need not wait long for it.
+    pub fn start_writeback(&self, at: u64, n_bytes: usize) {
+        crate::ffi::start_writeback(self.file.as_fd(), at, n_bytes);
     }
 
     /// Puts the file in its target's place.
@@ -138,7 +173,12 @@ impl AtomicFile {
         if !Place::find(&self.path)?.is_same(&self.place)? {
             return Err(Errno::STALE.into());
         }
-        Ok(renameat(&self.place.folder, &self.temp, &self.place.folder, &self.place.name)?)
+        let old = self.place.hold_occupant();
+        renameat(&self.place.folder, &self.temp, &self.place.folder, &self.place.name)?;
+        if let Some(old) = old {
+            release(old);
+        }
+        Ok(())
     }
 
     fn error(&self, op: &'static str, source: io::Error) -> Error {
@@ -152,6 +192,33 @@ impl Drop for AtomicFile {
             discard(&self.place, &self.temp);
         }
     }
+}
+
+/// Closes the last of a replaced file. Freeing the pages of a large one takes as long as writing it: nobody waits for it.
+fn release(old: OwnedFd) {
+    let is_large = fstat(&old).is_ok_and(|old| old.st_size as u64 >= LARGE);
+    if is_large && let Err(error) = std::thread::Builder::new().spawn(move || drop(old)) {
+        tracing::debug!(%error, "a replaced file was closed by its saver");
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn reserve(file: &File, n_bytes: u64) -> io::Result<()> {
+    let is_full = [Errno::NOSPC, Errno::DQUOT, Errno::FBIG, Errno::IO];
+    let flags = rustix::fs::FallocateFlags::empty();
+    match if n_bytes > 0 { retry_on_intr(|| rustix::fs::fallocate(file, flags, 0, n_bytes)) } else { Ok(()) } {
+        Err(error) if is_full.contains(&error) => Err(error.into()),
+        Err(error) => {
+            tracing::debug!(%error, "this file system reserves no room");
+            file.set_len(n_bytes)
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn reserve(file: &File, n_bytes: u64) -> io::Result<()> {
+    file.set_len(n_bytes)
 }
 
 /// A new, locked, empty temporary file for `place`, where `old` lies now.

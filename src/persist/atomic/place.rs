@@ -70,6 +70,17 @@ impl Place {
         }
     }
 
+    /// Keeps what lies here alive without a name; None if nothing does, or if it cannot be had.
+    pub(super) fn hold_occupant(&self) -> Option<OwnedFd> {
+        // Needs no right to read, and waits for nobody.
+        #[cfg(target_os = "linux")]
+        let access = OFlags::PATH;
+        #[cfg(not(target_os = "linux"))]
+        let access = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        openat(&self.folder, &self.name, flags, Mode::empty()).ok()
+    }
+
     /// Whether `name` in this folder is the open, regular `file`.
     pub(super) fn holds_file(&self, name: &OsStr, file: impl AsFd) -> rustix::io::Result<bool> {
         let file = fstat(file)?;

@@ -1,10 +1,11 @@
 //! Into CUDA device memory: through pinned buffers, which the device reads while the next ones are filled.
 
+use super::Target;
 use super::plan::{SPAN, Span};
-use super::{Target, share};
 use crate::array::{Array, DeviceBuffer, DeviceMemory, Uploader};
 use crate::error::Result;
 use crate::persist::reader::Data;
+use crate::persist::threads::share;
 use std::num::NonZero;
 
 /// None where arrays do not lie in device memory.
@@ -23,7 +24,8 @@ fn fill<'a>(data: &Data, jobs: Vec<(&'a DeviceMemory, Span)>, threads: NonZero<u
     let work = |uploader: &mut Uploader<'a>, (memory, span): (&'a DeviceMemory, Span)| {
         let n_bytes = span.file_bytes();
         data.read(&mut uploader.slot()?[..n_bytes], span.at)?;
-        uploader.upload(memory, &span.memory, [span.n_heads, span.valid], span.in_file)
+        uploader.upload(memory, &span.memory, [span.n_heads, span.valid], [0, span.in_file])?;
+        uploader.send()
     };
     share(jobs, threads, || Uploader::new(SPAN), work, Uploader::finish)
 }

@@ -1,10 +1,11 @@
 //! Into host memory that MLX adopts, straight to each row's place.
 
+use super::Target;
 use super::plan::Span;
-use super::{Target, share};
 use crate::array::{Array, HostBuffer};
 use crate::error::Result;
 use crate::persist::reader::Data;
+use crate::persist::threads::share;
 use std::mem::MaybeUninit;
 use std::num::NonZero;
 

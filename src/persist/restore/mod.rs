@@ -1,26 +1,22 @@
 //! Tensors from a file into memory, by several threads at once.
 
+pub mod assemble;
 mod device;
 mod host;
-pub mod plan;
+mod plan;
 
 use super::header::TensorInfo;
+use super::layout::Layout;
 use super::reader::Data;
+use super::threads;
 use crate::array::{self, Array};
 use crate::cache::schema::{self, Rows};
 use crate::cache::{CacheState, STEP, plan as cache_plan};
 use crate::error::{Error, Result};
-use plan::Layout;
 use std::num::NonZero;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 /// Bytes of padding that a load may add beyond the size of the file; a buffer that would need more grows later.
 const MAX_PADDING: u64 = 1 << 30;
-/// Threads that read when nothing else is said; more gain nothing where it was measured.
-const MAX_THREADS: usize = 8;
-/// The variable that says how many threads read.
-const THREADS: &str = "MLXRS_PY_THREADS";
 
 /// An array to be made: its shape in memory, and where its bytes come from.
 struct Target {
@@ -35,7 +31,7 @@ pub(super) fn read(
     caches: Vec<CacheState<TensorInfo>>,
     threads: Option<NonZero<usize>>,
 ) -> Result<Vec<CacheState<Array>>> {
-    let threads = threads.map_or_else(default_threads, Ok)?;
+    let threads = threads::number("load_prompt_cache", threads)?;
     let mut padding = data.size().saturating_add(MAX_PADDING);
     let mut targets = Vec::new();
     let mut plan = |info: TensorInfo, rows| {
@@ -54,16 +50,6 @@ pub(super) fn read(
         .into_iter()
         .map(|cache: CacheState<usize>| Ok(CacheState { class: cache.class, state: cache.state.try_map(&mut place)? }));
     filled.collect()
-}
-
-/// As many threads as the variable says, or the machine has.
-fn default_threads() -> Result<NonZero<usize>> {
-    if let Ok(text) = std::env::var(THREADS) {
-        let expected = format!("{THREADS} of at least 1");
-        return text.parse().map_err(|_| Error::value("load_prompt_cache", expected, text));
-    }
-    let cores = std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
-    Ok(NonZero::new(MAX_THREADS).map_or(cores, |most| cores.min(most)))
 }
 
 /// Of a buffer that its class pads, only the valid rows are read; zeros follow up to a whole step, as long as all of
@@ -93,42 +79,4 @@ fn target(data: &Data, info: &TensorInfo, rows: Option<Rows>, padding: &mut u64)
         Layout { start, n_heads, in_file, valid, in_memory }
     };
     Target { shape, dtype: info.dtype, layout }
-}
-
-/// Runs `work` over `jobs` on `threads` threads, each with a state of its own from `start`, and closes it by `end`. After
-/// a failure no further job begins; the first one is given.
-fn share<J: Send, S>(
-    jobs: Vec<J>,
-    threads: NonZero<usize>,
-    start: impl Fn() -> Result<S> + Sync,
-    work: impl Fn(&mut S, J) -> Result<()> + Sync,
-    end: impl Fn(S) -> Result<()> + Sync,
-) -> Result<()> {
-    let threads = threads.get().min(jobs.len());
-    let (jobs, stop) = (Mutex::new(jobs.into_iter()), AtomicBool::new(false));
-    let next = || {
-        let mut jobs = jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        if stop.load(Ordering::Relaxed) { None } else { jobs.next() }
-    };
-    let run = || {
-        let mut state = start()?;
-        let mut done = Ok(());
-        while let Some(job) = next() {
-            done = work(&mut state, job);
-            if done.is_err() {
-                break;
-            }
-        }
-        // What was begun is waited for, also after a failure.
-        done.and(end(state)).inspect_err(|_| stop.store(true, Ordering::Relaxed))
-    };
-    if threads <= 1 {
-        return if threads == 0 { Ok(()) } else { run() };
-    }
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
-        let done =
-            workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        done.fold(Ok(()), Result::and)
-    })
 }

@@ -1,25 +1,11 @@
 //! Where the bytes of a tensor go: integers only.
 
 use crate::cache::plan::round_up;
+use crate::persist::layout::Layout;
 use std::ops::Range;
 
 /// Bytes of file that one piece of work covers at most, unless a single row is larger.
 pub const SPAN: usize = 8 << 20;
-
-/// The bytes of one tensor, head by head: each head's rows lie together in the file and in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
-    /// Where the tensor begins in the file.
-    pub start: u64,
-    /// Heads; 1 for a tensor that is read as it lies.
-    pub n_heads: usize,
-    /// Bytes of a head in the file.
-    pub in_file: usize,
-    /// Of these, the bytes that are read: the first ones.
-    pub valid: usize,
-    /// Bytes of a head in memory; zeros follow the valid ones.
-    pub in_memory: usize,
-}
 
 /// Some whole heads, or a part of one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,11 +23,6 @@ pub struct Span {
 }
 
 impl Layout {
-    /// A tensor that is read as it lies.
-    pub const fn plain(start: u64, n_bytes: usize) -> Self {
-        Self { start, n_heads: 1, in_file: n_bytes, valid: n_bytes, in_memory: n_bytes }
-    }
-
     /// The work, in the order of memory, without gaps.
     pub fn spans(&self) -> Vec<Span> {
         let &Self { start, n_heads, in_file, valid, in_memory } = self;

@@ -71,6 +71,14 @@ pub enum Leaf<T> {
 }
 
 impl<T> Leaf<T> {
+    /// The caller's array, if it is one.
+    pub(super) const fn array(&self) -> Option<&T> {
+        match self {
+            Self::Array(array) => Some(array),
+            Self::Scalar { .. } => None,
+        }
+    }
+
     /// What both formats write for "nothing here": no elements.
     fn nothing() -> Self {
         Self::Scalar { dtype: Dtype::F32, shape: vec![0], bytes: Vec::new() }

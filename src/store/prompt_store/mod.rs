@@ -97,6 +97,11 @@ impl PromptStore {
         })
     }
 
+    /// Tokens of a full block.
+    pub const fn block_tokens(&self) -> usize {
+        self.options.block_tokens
+    }
+
     /// Waits until everything that was put is written; the store then takes no more. Done again, it does nothing.
     pub fn close(&self) {
         if self.process != std::process::id() {

@@ -2,7 +2,7 @@
 
 use super::found::{Listed, RecordInfo, Tier};
 use super::key::{RecordId, Space};
-use super::record::{Entry, Record, RecordKind, replaces};
+use super::record::{Entry, Record, RecordKind};
 use super::thin::{self, Checkpoint};
 use super::walk::{Tree, prefixes};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -105,7 +105,7 @@ impl Ram {
 
     /// The record that has all that `new` has: one of its name, or one that goes on where it ends.
     fn present(&self, new: &Entry) -> Option<RecordId> {
-        let serves = |entry: &Entry| !replaces((new.grid, new.complete_from), (entry.grid, entry.complete_from));
+        let serves = |entry: &Entry| !new.worth().replaces(entry.worth());
         if let Some(slot) = self.slots.get(&new.id) {
             return serves(&slot.entry).then_some(new.id);
         }

@@ -66,6 +66,33 @@ pub struct Wanted {
     pub grid: u32,
     /// As in [`NewRecord`].
     pub complete_from: usize,
+    /// As in [`NewRecord`].
+    pub keep: bool,
+}
+
+/// What decides which of two records of one name stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Worth {
+    pub is_on_grid: bool,
+    pub complete_from: usize,
+    pub keep: bool,
+}
+
+impl Worth {
+    /// Better in something than `old`, and worse in nothing.
+    pub const fn replaces(self, old: Self) -> bool {
+        let is_worse =
+            self.complete_from > old.complete_from || (!self.is_on_grid && old.is_on_grid) || (!self.keep && old.keep);
+        let is_better =
+            self.complete_from < old.complete_from || (self.is_on_grid && !old.is_on_grid) || (self.keep && !old.keep);
+        is_better && !is_worse
+    }
+}
+
+impl Wanted {
+    pub(super) const fn worth(&self) -> Worth {
+        Worth { is_on_grid: self.grid != 0, complete_from: self.complete_from, keep: self.keep }
+    }
 }
 
 /// Checksum of a tensor's bytes: XXH3 with 64 bits, as fast as memory.
@@ -96,6 +123,10 @@ impl Entry {
         self.start + self.tokens.len()
     }
 
+    pub const fn worth(&self) -> Worth {
+        Worth { is_on_grid: self.grid != 0, complete_from: self.complete_from, keep: self.keep }
+    }
+
     /// Whether the name follows from the rest.
     pub fn is_named_right(&self) -> bool {
         self.id == name(&self.parent, self.kind, &self.tokens)
@@ -108,14 +139,6 @@ pub(super) fn name(parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Recor
         RecordKind::Rows => parent.rows(tokens),
         RecordKind::State => parent.state(tokens),
     }
-}
-
-/// Whether a record with `new` (grid, first complete token) takes the place of one of the same name with `old`: it is
-/// better in one and worse in none.
-pub(super) const fn replaces(new: (u32, usize), old: (u32, usize)) -> bool {
-    let on_grid = (new.0 != 0, old.0 != 0);
-    let is_worse = new.1 > old.1 || (!on_grid.0 && on_grid.1);
-    !is_worse && (new.1 < old.1 || (on_grid.0 && !on_grid.1))
 }
 
 /// A tensor in memory, with its place among the record's bytes.

@@ -2,7 +2,7 @@
 
 use super::found::{Found, RecordInfo, Tier};
 use super::key::{RecordId, Space};
-use super::record::{Entry, RecordKind, Wanted, name, replaces};
+use super::record::{Entry, RecordKind, Wanted, name};
 use std::sync::Arc;
 
 /// An index of records. What it gives may be wrong: the walk compares all of it.
@@ -168,7 +168,7 @@ pub(super) fn missing(
 ) -> Vec<bool> {
     let mut chain = Chain::new(space, tokens, block);
     let mut is_missing = |wanted: &Wanted| {
-        let Wanted { kind, start, end, grid, complete_from } = *wanted;
+        let Wanted { kind, start, end, .. } = *wanted;
         if super::record::check_place(kind, start, end, tokens.len(), block).is_err() {
             return false;
         }
@@ -178,7 +178,7 @@ pub(super) fn missing(
         let mut serves = |entry: &Entry, kind: RecordKind| {
             entry.tokens.starts_with(covered)
                 && chain.hangs_right(entry, kind, n_blocks)
-                && !replaces((grid, complete_from), (entry.grid, entry.complete_from))
+                && !wanted.worth().replaces(entry.worth())
         };
         !trees.iter().any(|tree| {
             tree.get(&id).is_some_and(|entry| entry.id == id && serves(&entry, kind))

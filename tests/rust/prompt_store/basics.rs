@@ -93,7 +93,7 @@ fn better_records_take_the_place_of_others() {
             (block.grid, block.complete_from)
         };
         let wants = |grid, complete_from| {
-            let wanted = Wanted { kind: RecordKind::Rows, start: 0, end: 8, grid, complete_from };
+            let wanted = Wanted { kind: RecordKind::Rows, start: 0, end: 8, grid, complete_from, keep: false };
             store.missing(&space(1), &a, &[wanted])[0]
         };
         assert!(wants(0, 4));

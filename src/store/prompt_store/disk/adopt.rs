@@ -9,7 +9,6 @@ use super::row::{self, Row};
 use super::{Disk, lock};
 use crate::error::{Error, Result};
 use crate::store::prompt_store::key::RecordId;
-use crate::store::prompt_store::record::replaces;
 use rusqlite::{Connection, Transaction, params};
 use rustix::fs::FlockOperation;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -270,6 +269,5 @@ impl Disk {
 
 /// Whether `row` is to be kept rather than `other` of the same name.
 fn is_better(row: &Row, other: &Row) -> bool {
-    let worth = |row: &Row| (row.entry.grid, row.entry.complete_from);
-    replaces(worth(row), worth(other))
+    row.entry.worth().replaces(other.entry.worth())
 }

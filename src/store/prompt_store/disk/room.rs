@@ -6,7 +6,7 @@ use super::owner;
 use super::query::{self, Snapshot};
 use super::row::Row;
 use crate::store::prompt_store::ram::is_needless;
-use crate::store::prompt_store::record::{Record, RecordKind, replaces};
+use crate::store::prompt_store::record::{Record, RecordKind};
 use crate::store::prompt_store::walk::Tree as _;
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 use std::collections::HashSet;
@@ -160,8 +160,7 @@ fn is_stored(transaction: &Transaction<'_>, folder: &Folder, record: &Record) ->
     let serves = |row: &Row| {
         let stored = &row.entry;
         let size = fs::symlink_metadata(folder.records().join(row.file_name())).map(|meta| whole_pages(meta.len()));
-        !replaces((entry.grid, entry.complete_from), (stored.grid, stored.complete_from))
-            && size.is_ok_and(|size| size == row.size)
+        !entry.worth().replaces(stored.worth()) && size.is_ok_and(|size| size == row.size)
     };
     let same = query::row_in(transaction, super::row::slot(&entry.id))?;
     if same.is_some_and(|row| row.entry.id == entry.id && serves(&row)) {
@@ -182,7 +181,8 @@ fn is_stored(transaction: &Transaction<'_>, folder: &Folder, record: &Record) ->
 /// Records of `n_bytes` or more, as far as there are any to go: leaves before what they hang on, the least recently used
 /// first, none that is pinned or read.
 pub fn victims(connection: &Connection, n_bytes: u64, protected: &HashSet<i64>) -> rusqlite::Result<Vec<Row>> {
-    let mut oldest = connection.prepare_cached("SELECT slot FROM uses ORDER BY last_used, start DESC")?;
+    let mut oldest =
+        connection.prepare_cached("SELECT slot FROM uses WHERE NOT pinned ORDER BY last_used, start DESC")?;
     let mut slots = oldest.query([])?;
     let (mut victims, mut gone, mut n_freed) = (Vec::new(), HashSet::new(), 0);
     while n_freed < n_bytes {
