@@ -196,6 +196,15 @@ impl Index {
     }
 }
 
+impl Drop for Index {
+    fn drop(&mut self) {
+        // The last to close an index removes its log by name, which must not be the log of a newer index.
+        let held = self.lock.as_ref().map(|lock| hold(lock, FlockOperation::LockShared, &self.folder));
+        self.open = None;
+        drop(held);
+    }
+}
+
 /// Opens the lock's file.
 pub fn open_lock(folder: &Folder) -> Result<File> {
     let path = folder.index_lock();
