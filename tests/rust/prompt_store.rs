@@ -5,3 +5,4 @@ mod common;
 mod flips;
 mod model;
 mod processes;
+mod sharing;

@@ -144,8 +144,14 @@ impl Shared {
             if is_due {
                 swept = Instant::now();
             }
-            disk.keep_house(is_due);
-            self.keep_rates(disk);
+            let keep_house = || {
+                disk.keep_house(is_due);
+                self.keep_rates(disk);
+            };
+            // The thread must live as long as somebody may wait for it.
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(keep_house)).is_err() {
+                tracing::error!("a panic while looking after the folder");
+            }
             if is_last {
                 return;
             }

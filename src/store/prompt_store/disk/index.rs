@@ -6,6 +6,7 @@
 
 pub use super::folder::Inode;
 
+use super::SLOW;
 use super::folder::Folder;
 use crate::error::{Error, Result};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
@@ -31,7 +32,7 @@ CREATE TABLE records(slot INTEGER PRIMARY KEY, parent INTEGER NOT NULL, kind INT
 CREATE INDEX near ON records(parent, kind, tokens);
 CREATE INDEX states ON records(space) WHERE kind = 1;
 CREATE TABLE uses(slot INTEGER PRIMARY KEY, nonce INTEGER NOT NULL, size INTEGER NOT NULL, start INTEGER NOT NULL,
-  last_used INTEGER NOT NULL, hits INTEGER NOT NULL);
+  last_used INTEGER NOT NULL, hits INTEGER NOT NULL, pinned INTEGER NOT NULL);
 CREATE INDEX oldest ON uses(last_used, start DESC);
 CREATE TABLE dying(file TEXT PRIMARY KEY, size INTEGER NOT NULL, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE leases(owner TEXT, lease INTEGER, slot INTEGER, PRIMARY KEY(owner, lease, slot)) WITHOUT ROWID;
@@ -107,7 +108,9 @@ impl Index {
         write: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
     ) -> Result<T> {
         let lock = self.lock.take();
-        let held = lock.as_ref().map(|lock| hold(lock, FlockOperation::LockShared, &self.folder)).transpose();
+        // What can also be done later does not wait while an index is built anew.
+        let how = if timeout < SLOW { FlockOperation::NonBlockingLockShared } else { FlockOperation::LockShared };
+        let held = lock.as_ref().map(|lock| hold(lock, how, &self.folder)).transpose();
         let outcome = held.and_then(|_| self.write_held(timeout, write));
         if let Some(lock) = &lock {
             let _ = flock(lock, FlockOperation::Unlock);
@@ -190,6 +193,15 @@ impl Index {
             self.damage = Some(Damage::Of(inode));
         }
         Error::io(op, &self.folder.index(), system_error(error))
+    }
+}
+
+impl Drop for Index {
+    fn drop(&mut self) {
+        // The last to close an index removes its log by name, which must not be the log of a newer index.
+        let held = self.lock.as_ref().map(|lock| hold(lock, FlockOperation::LockShared, &self.folder));
+        self.open = None;
+        drop(held);
     }
 }
 

@@ -196,6 +196,8 @@ impl Disk {
                     row.is_pinned = is_pinned;
                     let sql = "UPDATE records SET body = ?2 WHERE slot = ?1";
                     index.prepare_cached(sql)?.execute(params![row.slot(), row.pack()])?;
+                    let sql = "UPDATE uses SET pinned = ?2 WHERE slot = ?1";
+                    index.prepare_cached(sql)?.execute(params![row.slot(), row.is_pinned])?;
                     n_changed += 1;
                 }
             }
@@ -254,9 +256,7 @@ impl Disk {
             stats.disk_records = query::sum(index, "SELECT count(*) FROM uses")?;
             stats.disk_bytes = room::used(index, &self.folder)?;
             stats.written_today = room::written_today(index)?;
-            let mut rows = index.prepare_cached("SELECT slot, tokens, body FROM records")?;
-            let rows = rows.query_map([], query::unpack)?;
-            stats.n_pinned += rows.flatten().filter(|row| row.is_pinned).count() as u64;
+            stats.n_pinned += query::sum(index, "SELECT count(*) FROM uses WHERE pinned")?;
             Ok(())
         });
         stats.disk = match counted {

@@ -103,9 +103,18 @@ pub fn insert(connection: &Connection, row: &Row, last_used: u64, hits: u64) -> 
         big_endian(&entry.tokens),
         row.pack()
     ])?;
-    let sql = "INSERT OR REPLACE INTO uses(slot, nonce, size, start, last_used, hits) VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+    let sql = "INSERT OR REPLACE INTO uses(slot, nonce, size, start, last_used, hits, pinned)
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
     let (nonce, size, start) = (entry.nonce as i64, row.size as i64, entry.start as i64);
-    connection.prepare_cached(sql)?.execute(params![row.slot(), nonce, size, start, last_used as i64, hits as i64])?;
+    connection.prepare_cached(sql)?.execute(params![
+        row.slot(),
+        nonce,
+        size,
+        start,
+        last_used as i64,
+        hits as i64,
+        row.is_pinned
+    ])?;
     Ok(())
 }
 

@@ -181,7 +181,8 @@ fn is_stored(transaction: &Transaction<'_>, folder: &Folder, record: &Record) ->
 /// Records of `n_bytes` or more, as far as there are any to go: leaves before what they hang on, the least recently used
 /// first, none that is pinned or read.
 pub fn victims(connection: &Connection, n_bytes: u64, protected: &HashSet<i64>) -> rusqlite::Result<Vec<Row>> {
-    let mut oldest = connection.prepare_cached("SELECT slot FROM uses ORDER BY last_used, start DESC")?;
+    let mut oldest =
+        connection.prepare_cached("SELECT slot FROM uses WHERE NOT pinned ORDER BY last_used, start DESC")?;
     let mut slots = oldest.query([])?;
     let (mut victims, mut gone, mut n_freed) = (Vec::new(), HashSet::new(), 0);
     while n_freed < n_bytes {

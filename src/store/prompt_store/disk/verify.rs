@@ -130,7 +130,7 @@ fn tell(index: &Connection) -> rusqlite::Result<Told> {
         }
     }
     let mut rows = index.prepare(
-        "SELECT slot, tokens, body, parent, kind, space, nonce, size, start FROM records LEFT JOIN uses USING (slot)",
+        "SELECT slot, tokens, body, parent, kind, space, nonce, size, start, pinned FROM records LEFT JOIN uses USING (slot)",
     )?;
     let mut rows = rows.query([])?;
     while let Some(columns) = rows.next()? {
@@ -146,9 +146,10 @@ fn tell(index: &Connection) -> rusqlite::Result<Told> {
             entry.nonce as i64,
             row.size as i64,
             entry.start as i64,
+            i64::from(row.is_pinned),
         ];
         let is_right =
-            (3..9).zip(expected).all(|(at, expected)| columns.get::<_, i64>(at).is_ok_and(|n| n == expected));
+            (3..10).zip(expected).all(|(at, expected)| columns.get::<_, i64>(at).is_ok_and(|n| n == expected));
         if !is_right || !entry.is_named_right() {
             told.faults.push(format!("record {}: columns that say something else", entry.id));
         }
