@@ -127,6 +127,9 @@ pub fn run<S: Steps>(steps: &mut S, total: usize) -> Result<(), S::Error> {
             (Err(error), waited) => {
                 if waited.is_err() || S::hides_failures(&error) {
                     steps.rollback(older.before);
+                } else {
+                    // Whoever goes on must know from where. A listener that wants to stop has its way anyhow.
+                    let _: Result<(), S::Error> = steps.progress(older.end, total);
                 }
                 return Err(error);
             }

@@ -90,7 +90,8 @@ def test_what_memory_has_lost_comes_from_the_store(name, alone, folder, store):
     assert n_cached[1] == (last_chunk if name in RECURRENT else total - 2)
     assert total - 1 < n_cached[2] <= total + len(first.tokens)
     # The end of the system prompt is a boundary in batches only. Its user's role is common too.
-    assert n_cached[3] == ((64 if alone else system + 1) if name in RECURRENT else system + 1)
+    # Of the states at the ends of chunks before it some are thinned out.
+    assert n_cached[3] in (((32, 64) if alone else (system + 1,)) if name in RECURRENT else (system + 1,))
     with mlxrs_py.install(), local_server(model, *OPTIONS, "--prompt-cache-size", "0") as server:
         cold = [server.ask(again, **options).tokens for again in (messages, edited, grown, shared)]
     assert [answer.tokens for answer in found] == cold
