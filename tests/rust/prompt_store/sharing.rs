@@ -149,3 +149,21 @@ fn the_environment_turns_the_folder_off() {
     assert!(child.output().unwrap().status.success());
     assert_eq!(n_files(folder.path()), 0);
 }
+
+#[test]
+fn a_conversation_that_grew_bit_by_bit_goes_from_its_end() {
+    let folder = tempdir().unwrap();
+    let store = open(folder.path());
+    let a = tokens(&[(1, 80)]);
+    for end in (8..=80).step_by(8) {
+        // What is older hangs below what is newer.
+        put(&store, &space(1), &a[..end], rows(&space(1), &a[..end], end - 8, 2000));
+        thread::sleep(Duration::from_millis(3));
+    }
+    for n in 1..=10 {
+        // The index's log may shrink between the two calls: then nothing need go.
+        while !store.list().is_empty() && store.prune(Some(store.stats().disk_bytes - 1)).unwrap() == 0 {}
+        let left = restore(&store, &space(1), &a).0;
+        assert!(left <= 80 - n * 8 && left % 8 == 0 && store.list().len() == left / 8, "{left} of {n}");
+    }
+}

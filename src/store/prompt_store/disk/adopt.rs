@@ -16,7 +16,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-/// A record's file, with the time of its last change in seconds.
+/// A record's file, with the time of its last change in milliseconds.
 type Orphan = (Row, u64);
 
 /// What a damaged index still tells, as far as it can be read.
@@ -232,7 +232,7 @@ impl Disk {
         let Some((id, nonce)) = row::parse_file_name(name) else { return Some(Err("not a record's name".into())) };
         let path = self.folder.records().join(name);
         let file = file::open(&path).ok()?;
-        let changed = file.metadata().map_or(0, |meta| meta.mtime().max(0) as u64);
+        let changed = file.metadata().map_or(0, |meta| meta.mtime().max(0) as u64 * 1000);
         match file::read(&path, &file) {
             Ok(contents) if contents.entry.id == id => {
                 let mut row = Row { entry: contents.entry, size: contents.size, is_pinned: false };

@@ -241,7 +241,7 @@ impl Disk {
             parent: row.entry.parent,
             is_pinned: row.is_pinned,
             hits,
-            last_used,
+            last_used: last_used / 1000,
             record: {
                 let n_tokens = row.entry.tokens.len();
                 RecordInfo::new(Arc::new(row.entry), Tier::Disk, n_tokens)

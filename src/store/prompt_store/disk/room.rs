@@ -74,13 +74,13 @@ pub enum Answer {
     Refused,
 }
 
-/// Seconds since 1970.
+/// Milliseconds since 1970: what is used within a second has an order too.
 pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
 }
 
 fn today() -> i64 {
-    (now() / 86_400) as i64
+    (now() / 86_400_000) as i64
 }
 
 /// Bytes written today.
@@ -184,18 +184,23 @@ pub fn victims(connection: &Connection, n_bytes: u64, protected: &HashSet<i64>) 
     let mut oldest =
         connection.prepare_cached("SELECT slot FROM uses WHERE NOT pinned ORDER BY last_used, start DESC")?;
     let mut slots = oldest.query([])?;
-    let (mut victims, mut gone, mut n_freed) = (Vec::new(), HashSet::new(), 0);
+    let (mut victims, mut gone, mut passed, mut n_freed) = (Vec::new(), HashSet::new(), HashSet::new(), 0);
     while n_freed < n_bytes {
         let Some(slot) = slots.next()? else { break };
-        let slot: i64 = slot.get(0)?;
-        let is_leaf = query::children(connection, slot)?.iter().all(|child| gone.contains(child));
-        if !is_leaf || protected.contains(&slot) || query::is_leased(connection, slot)? {
-            continue;
-        }
-        let row = query::row_in(connection, slot)?.ok_or_else(query::damaged)?;
-        if !row.is_pinned {
+        let mut next: i64 = slot.get(0)?;
+        passed.insert(next);
+        // What was passed over, since something hung on it, goes right after that.
+        while n_freed < n_bytes && passed.contains(&next) {
+            let is_leaf = query::children(connection, next)?.iter().all(|child| gone.contains(child));
+            if !is_leaf || protected.contains(&next) || query::is_leased(connection, next)? {
+                break;
+            }
+            let row = query::row_in(connection, next)?.ok_or_else(query::damaged)?;
+            if row.is_pinned || !gone.insert(next) {
+                break;
+            }
             n_freed += row.size;
-            gone.insert(slot);
+            next = super::row::slot(&row.entry.parent);
             victims.push(row);
         }
     }
