@@ -164,6 +164,6 @@ fn a_conversation_that_grew_bit_by_bit_goes_from_its_end() {
         // The index's log may shrink between the two calls: then nothing need go.
         while !store.list().is_empty() && store.prune(Some(store.stats().disk_bytes - 1)).unwrap() == 0 {}
         let left = restore(&store, &space(1), &a).0;
-        assert!(left <= 80 - n * 8 && left % 8 == 0 && store.list().len() == left / 8, "{left} of {n}");
+        assert!(left <= 80 - n * 8 && left.is_multiple_of(8) && store.list().len() == left / 8, "{left} of {n}");
     }
 }
