@@ -120,15 +120,18 @@ impl Run {
     fn notice_eviction(&mut self) {
         let n_evicted = self.store().stats().n_evicted;
         if n_evicted != self.n_evicted {
-            self.look_for_gone(n_evicted);
+            self.look_for_gone();
         }
     }
 
-    fn look_for_gone(&mut self, n_evicted: u64) {
-        let known: BTreeSet<Key> = self.listed().into_values().map(|(key, _)| key).collect();
+    fn look_for_gone(&mut self) {
+        let listed = self.listed();
+        // After the list: what is gone in it is counted then.
+        let n_evicted = self.store().stats().n_evicted;
+        let known: BTreeSet<Key> = listed.values().map(|(key, _)| key.clone()).collect();
         // What memory has too, after a put that failed, may have gone from the disk unseen.
-        let in_memory: BTreeSet<Key> =
-            self.listed().into_values().filter(|(_, tier)| *tier == Tier::Ram).map(|(key, _)| key).collect();
+        let in_memory = listed.into_values().filter(|(_, tier)| *tier == Tier::Ram);
+        let in_memory: BTreeSet<Key> = in_memory.map(|(key, _)| key).collect();
         self.model.certain.retain(|key| !in_memory.contains(key));
         let (kept, gone): (BTreeSet<Key>, BTreeSet<Key>) =
             std::mem::take(&mut self.model.certain).into_iter().partition(|key| known.contains(key));
@@ -303,7 +306,7 @@ impl Run {
         }
         let verified = self.store().verify(true).unwrap();
         assert!(verified.is_repaired);
-        self.look_for_gone(self.store().stats().n_evicted);
+        self.look_for_gone();
         assert_eq!(self.store().verify(false).unwrap().faults, Vec::<String>::new());
         self.count("damaged indices");
     }
@@ -346,7 +349,7 @@ impl Run {
             fs::copy(path, path.with_file_name(format!("{}-0000000000000001.safetensors", &name[..64]))).unwrap();
         }
         self.open();
-        self.look_for_gone(self.store().stats().n_evicted);
+        self.look_for_gone();
         assert_eq!(fs::read_dir(self.root.join("tmp")).unwrap().count(), 0);
         assert_eq!(fs::read_dir(self.root.join("owners")).unwrap().count(), 1);
         assert_eq!(self.store().verify(false).unwrap().faults, Vec::<String>::new());
@@ -383,7 +386,7 @@ impl Run {
             91..93 => {
                 self.settle();
                 self.open();
-                self.look_for_gone(self.store().stats().n_evicted);
+                self.look_for_gone();
                 self.count("restarts");
             }
             93..96 => self.damage_record(),
@@ -400,7 +403,7 @@ impl Run {
             }
         }
         if self.waiting.is_empty() && self.random.below(16) == 0 {
-            self.look_for_gone(self.store().stats().n_evicted);
+            self.look_for_gone();
         }
         let size = folder_size(&self.root);
         assert!(size <= LIMIT, "{size} bytes");

@@ -168,7 +168,15 @@ impl Index {
 
     /// Makes sure that the open file is the one at the index's name.
     fn connect(&mut self) -> Result<()> {
-        let now = self.folder.index_inode();
+        let mut now = self.folder.index_inode();
+        if now.is_none()
+            && let Some(lock) = &self.lock
+        {
+            // For a moment there is none when a new one is put in place.
+            hold(lock, FlockOperation::LockShared, &self.folder)?;
+            now = self.folder.index_inode();
+            let _ = flock(lock, FlockOperation::Unlock);
+        }
         if self.open.as_ref().is_some_and(|(_, inode)| Some(*inode) == now) {
             return Ok(());
         }

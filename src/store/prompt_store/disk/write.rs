@@ -125,14 +125,18 @@ impl Disk {
         loop {
             let reached = reach(Step::Reserve, self.folder.root());
             reached.map_err(|source| Error::io("reserve room in", self.folder.root(), source))?;
-            let admit = |index: &Transaction<'_>| room::admit(index, &self.folder, &self.limits, request);
+            let admit = |index: &Transaction<'_>| {
+                let answer = room::admit(index, &self.folder, &self.limits, request)?;
+                if let Answer::AfterReaping { n_evicted } = answer {
+                    // Before anybody can see that they are gone.
+                    self.counts.n_evicted.fetch_add(n_evicted, Ordering::Relaxed);
+                }
+                Ok(answer)
+            };
             match self.write_index(admit)? {
                 Answer::Granted(granted) => return Ok(Some(granted)),
                 Answer::Refused => return Ok(None),
-                Answer::AfterReaping { n_evicted } => {
-                    self.counts.n_evicted.fetch_add(n_evicted, Ordering::Relaxed);
-                    self.reap()?;
-                }
+                Answer::AfterReaping { .. } => self.reap()?,
             }
         }
     }
