@@ -4,7 +4,7 @@
 
 use super::common::*;
 use mlxrs_py::store::prompt_store::{Listed, NewRecord, Options, PromptStore, PutHandle, RecordKind, Step, Tier};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -96,20 +96,29 @@ struct Run {
     model: Model,
     prompts: Vec<(u8, Vec<u32>)>,
     waiting: Vec<(PutHandle, u8, Vec<u32>, Which)>,
+    /// Evicted since the store was opened, and gone since.
     n_evicted: u64,
+    n_gone: u64,
     tally: BTreeMap<&'static str, u64>,
     asked: u64,
     hit: u64,
+    /// The last things that happened, for a failure's report.
+    history: VecDeque<String>,
 }
 
 impl Run {
-    fn open(&mut self) {
+    fn close(&mut self) {
+        self.settle();
+        // What was evicted is known to the store that did it.
+        self.look_for_gone();
         self.store = None;
+    }
+
+    fn open(&mut self) {
         let path = Some(self.root.as_path());
         let options = Options { disk_bytes: LIMIT, ram_bytes: 4 << 20, ..options(path) };
         self.store = Some(PromptStore::open(options).unwrap());
-        // Evicting to the limit at the start counts as eviction.
-        self.n_evicted = 0;
+        (self.n_evicted, self.n_gone) = (0, 0);
     }
 
     fn store(&self) -> &PromptStore {
@@ -135,8 +144,18 @@ impl Run {
         self.model.certain.retain(|key| !in_memory.contains(key));
         let (kept, gone): (BTreeSet<Key>, BTreeSet<Key>) =
             std::mem::take(&mut self.model.certain).into_iter().partition(|key| known.contains(key));
-        let n_new = n_evicted - self.n_evicted;
-        assert!(gone.len() as u64 <= n_new, "{gone:?} are gone, {n_new} were evicted");
+        self.n_gone += gone.len() as u64;
+        self.note(format!(
+            "{n_evicted} evicted, {} gone, {} of them now, {} kept",
+            self.n_gone,
+            gone.len(),
+            kept.len()
+        ));
+        assert!(
+            self.n_gone <= n_evicted,
+            "{gone:?} are gone, {} since the start, {n_evicted} were evicted",
+            self.n_gone
+        );
         (self.model.certain, self.n_evicted) = (kept, n_evicted);
     }
 
@@ -202,7 +221,9 @@ impl Run {
     /// Waits for all puts; what they say to be durable must be found from now on.
     fn settle(&mut self) {
         for (handle, n, tokens, which) in std::mem::take(&mut self.waiting) {
-            match handle.wait(Some(Duration::from_secs(60))) {
+            let outcome = handle.wait(Some(Duration::from_secs(60)));
+            self.note(format!("put {n} {tokens:?} {outcome:?}"));
+            match outcome {
                 Ok(Some(report)) if report.is_durable => {
                     // A tail is not stored if a longer one is.
                     let is_stored = |&(kind, start, end): &(RecordKind, usize, usize)| {
@@ -274,6 +295,7 @@ impl Run {
             self.model.damaged.push((path.clone(), (n, kind, covered)));
         }
         let size = fs::metadata(&path).unwrap().len();
+        self.note(format!("damage {id} {:?}", self.model.damaged.last()));
         match self.random.below(4) {
             0 => OpenOptions::new().write(true).open(&path).unwrap().set_len(self.random.next() % size).unwrap(),
             1 => fs::remove_file(&path).unwrap(),
@@ -284,8 +306,7 @@ impl Run {
 
     /// Damages the index while nobody has it open, and lets the store mend it.
     fn damage_index(&mut self) {
-        self.settle();
-        self.store = None;
+        self.close();
         let path = self.root.join("index.sqlite");
         let size = fs::metadata(&path).unwrap().len();
         match self.random.below(5) {
@@ -339,7 +360,7 @@ impl Run {
         self.settle();
         // Damaged records that nobody has met yet.
         self.store().verify(true).unwrap();
-        self.store = None;
+        self.close();
         fs::write(self.root.join("owners/00000000deadbeef.lock"), b"").unwrap();
         fs::write(self.root.join("tmp/00000000deadbeef-1-0000000000000001.tmp"), vec![7; 50_000]).unwrap();
         let files = self.record_files();
@@ -357,7 +378,9 @@ impl Run {
     }
 
     fn step(&mut self) {
-        match self.random.below(100) {
+        let choice = self.random.below(100);
+        self.note(format!("choice {choice}"));
+        match choice {
             0..35 => self.put(true),
             35..45 => self.put(false),
             45..80 => self.ask(),
@@ -384,7 +407,7 @@ impl Run {
                 self.store().verify(repair).unwrap();
             }
             91..93 => {
-                self.settle();
+                self.close();
                 self.open();
                 self.look_for_gone();
                 self.count("restarts");
@@ -398,7 +421,6 @@ impl Run {
                     self.settle();
                     self.store().clear().unwrap();
                     self.model.certain.clear();
-                    self.n_evicted = self.store().stats().n_evicted;
                 }
             }
         }
@@ -407,6 +429,13 @@ impl Run {
         }
         let size = folder_size(&self.root);
         assert!(size <= LIMIT, "{size} bytes");
+    }
+
+    fn note(&mut self, what: String) {
+        self.history.push_back(what);
+        if self.history.len() > 400 {
+            self.history.pop_front();
+        }
     }
 
     fn count(&mut self, what: &'static str) {
@@ -436,13 +465,19 @@ fn random_operations_and_faults_give_no_wrong_hit_and_no_unexplained_miss() {
         prompts: Vec::new(),
         waiting: Vec::new(),
         n_evicted: 0,
+        n_gone: 0,
         tally: BTreeMap::new(),
         asked: 0,
         hit: 0,
+        history: VecDeque::new(),
     };
     run.open();
     for operation in 0..n_operations {
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run.step()));
+        if outcome.is_err() {
+            eprintln!("{:#?}\n{:#?}", run.history, run.listed().into_values().collect::<Vec<_>>());
+            eprintln!("{:?}\n{:?}", run.store().stats(), run.store().verify(false));
+        }
         assert!(outcome.is_ok(), "operation {operation} of seed {seed}");
     }
     run.settle();

@@ -157,6 +157,7 @@ impl Disk {
 
     /// Evicts until at most `target` bytes are used, as far as it may; `all` takes pinned and leased records too.
     pub fn shrink(&self, target: u64, all: bool) -> Result<u64> {
+        lock(&self.writer).checkpoint();
         let n_freed = self.write_index(|index| {
             let excess = room::used(index, &self.folder)?.saturating_sub(target);
             let victims = if all {

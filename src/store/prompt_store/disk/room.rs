@@ -31,12 +31,12 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// What records may fill: leases and uses are entered without a reservation, in what is left.
+    /// What records may fill. The rest is for the index's log, and for leases and uses, which reserve nothing.
     pub fn usable(&self) -> u64 {
-        self.disk_bytes - (self.disk_bytes / 8).min(4 << 20)
+        self.disk_bytes - (self.disk_bytes / 8).min(8 << 20)
     }
 
-    /// Bytes of the index's log from which it is emptied.
+    /// Bytes of the index's log from which it is emptied: at most half of what records leave.
     pub fn log_bytes(&self) -> u64 {
         (self.disk_bytes / 32).clamp(128 << 10, 4 << 20)
     }
@@ -97,6 +97,11 @@ pub fn used(connection: &Connection, folder: &Folder) -> rusqlite::Result<u64> {
     Ok(records + going + folder.index_size() + files_size(&folder.quarantine()) + FOLDERS)
 }
 
+/// The same but for a log of the size that is left for it: what an eviction enters there must not ask for the next one.
+pub fn claimed(connection: &Connection, folder: &Folder, limits: &Limits) -> rusqlite::Result<u64> {
+    Ok(used(connection, folder)? - folder.log_size().min(limits.log_bytes()))
+}
+
 /// Reserves room for those of the records that are wanted, or dooms others to make it.
 pub fn admit(
     transaction: &Transaction<'_>,
@@ -127,7 +132,7 @@ pub fn admit(
             return Ok(Answer::Refused);
         }
         let size = n_bytes + PER_RECORD * write.len() as u64;
-        let excess = (used(transaction, folder)? + size).saturating_sub(limits.usable());
+        let excess = (claimed(transaction, folder, limits)? + size).saturating_sub(limits.usable());
         if excess > 0 {
             let victims = victims(transaction, excess, request.protected)?;
             if victims.iter().map(|row| row.size).sum::<u64>() < excess {

@@ -131,6 +131,11 @@ impl Disk {
             self.sweep();
             let _ = self.reap();
         }
+        self.empty_log();
+    }
+
+    /// Empties the index's log if it has grown.
+    pub(super) fn empty_log(&self) {
         if self.folder.log_size() > self.limits.log_bytes() {
             lock(&self.writer).checkpoint();
         }

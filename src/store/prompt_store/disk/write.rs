@@ -136,7 +136,10 @@ impl Disk {
             match self.write_index(admit)? {
                 Answer::Granted(granted) => return Ok(Some(granted)),
                 Answer::Refused => return Ok(None),
-                Answer::AfterReaping { .. } => self.reap()?,
+                Answer::AfterReaping { .. } => {
+                    self.reap()?;
+                    self.empty_log();
+                }
             }
         }
     }
