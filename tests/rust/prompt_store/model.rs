@@ -89,13 +89,23 @@ type Which = Vec<(RecordKind, usize, usize)>;
 /// The same with their bytes.
 type Batch = (Vec<NewRecord>, Which);
 
+/// A put whose outcome is not known yet.
+struct Waiting {
+    handle: PutHandle,
+    space: u8,
+    tokens: Vec<u32>,
+    which: Which,
+    /// What lay damaged when it was made: it may count as stored, and be met and put aside before the outcome is looked at.
+    damaged: Vec<Key>,
+}
+
 struct Run {
     random: Random,
     root: PathBuf,
     store: Option<PromptStore>,
     model: Model,
     prompts: Vec<(u8, Vec<u32>)>,
-    waiting: Vec<(PutHandle, u8, Vec<u32>, Which)>,
+    waiting: Vec<Waiting>,
     /// Evicted since the store was opened, and gone since.
     n_evicted: u64,
     n_gone: u64,
@@ -212,7 +222,8 @@ impl Run {
         if self.prompts.len() > 60 {
             self.prompts.swap_remove(self.random.below(60));
         }
-        self.waiting.push((handle, n, tokens, which));
+        let damaged = self.model.damaged.iter().map(|(_, key)| key.clone()).collect();
+        self.waiting.push(Waiting { handle, space: n, tokens, which, damaged });
         if wait {
             self.settle();
         }
@@ -220,7 +231,7 @@ impl Run {
 
     /// Waits for all puts; what they say to be durable must be found from now on.
     fn settle(&mut self) {
-        for (handle, n, tokens, which) in std::mem::take(&mut self.waiting) {
+        for Waiting { handle, space: n, tokens, which, damaged } in std::mem::take(&mut self.waiting) {
             let outcome = handle.wait(Some(Duration::from_secs(60)));
             self.note(format!("put {n} {tokens:?} {outcome:?}"));
             match outcome {
@@ -234,6 +245,9 @@ impl Run {
                     };
                     let which: Vec<_> = which.into_iter().filter(is_stored).collect();
                     self.model.add(n, &tokens, &which);
+                    for (n, kind, covered) in damaged {
+                        self.model.lose(n, kind, &covered);
+                    }
                 }
                 Ok(Some(_)) => {
                     self.model.doubt(n, &tokens, &which);
