@@ -171,10 +171,10 @@ fn what_stops_a_prefill_undoes_the_newer_window_first_and_the_older_only_if_it_f
         calls[at + 1..].to_vec()
     };
     assert_eq!(undone("forward 0", false), ["back to 0"]);
-    // The first window is under way when the second cannot be built: it is waited for, and stays.
-    assert_eq!(undone("checkpoint 1", false), ["wait 0"]);
-    assert_eq!(undone("forward 1", false), ["back to 1", "wait 0"]);
-    assert_eq!(undone("barrier 1", false), ["back to 1", "wait 0"]);
+    // The first window is under way when the second cannot be built: it is waited for, told of, and stays.
+    assert_eq!(undone("checkpoint 1", false), ["wait 0", "3 of 7"]);
+    assert_eq!(undone("forward 1", false), ["back to 1", "wait 0", "3 of 7"]);
+    assert_eq!(undone("barrier 1", false), ["back to 1", "wait 0", "3 of 7"]);
     // Unless what stopped the second may be the first one's failure, which MLX tells once.
     assert_eq!(undone("barrier 1", true), ["back to 1", "wait 0", "back to 0"]);
     assert_eq!(undone("checkpoint 1", true), ["wait 0", "back to 0"]);
@@ -184,7 +184,7 @@ fn what_stops_a_prefill_undoes_the_newer_window_first_and_the_older_only_if_it_f
     assert_eq!(undone("3 of 7", false), ["wait 1", "back to 1"]);
     // The last window is computed when the one before is told of.
     assert_eq!(undone("6 of 7", false), ["back to 2"]);
-    assert_eq!(undone("finish", false), ["back to 2", "wait 1"]);
+    assert_eq!(undone("finish", false), ["back to 2", "wait 1", "6 of 7"]);
     assert_eq!(undone("7 of 7", false), [] as [&str; 0]);
     assert_eq!(undone("0 of 7", false), [] as [&str; 0]);
 }
