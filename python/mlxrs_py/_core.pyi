@@ -720,6 +720,7 @@ def save_prompt_cache(
     format: str = "0.32",
     padded: bool = False,
     durable: bool = True,
+    direct: bool = False,
     threads: int | None = None,
     background: Literal[False] = False,
 ) -> None: ...
@@ -732,6 +733,7 @@ def save_prompt_cache(
     format: str = "0.32",
     padded: bool = False,
     durable: bool = True,
+    direct: bool = False,
     threads: int | None = None,
     background: Literal[True],
 ) -> PendingSave: ...
@@ -744,6 +746,7 @@ def save_prompt_cache(
     format: str = "0.32",
     padded: bool = False,
     durable: bool = True,
+    direct: bool = False,
     threads: int | None = None,
     background: bool,
 ) -> PendingSave | None:
@@ -752,7 +755,9 @@ def save_prompt_cache(
     The file appears whole or not at all, and holds the valid rows only. ``.safetensors`` is added to a name without it.
     ``format`` is the mlx-lm that shall read the file. ``padded`` (0.32 only) writes mlx-lm's full buffers, the padding
     zeroed. ``durable``: the file survives a crash of the machine from the moment this returns. ``threads`` write at
-    once, as they read in ``load_prompt_cache``; on CUDA from device memory through the same pinned memory.
+    once, as they read in ``load_prompt_cache``; on CUDA from device memory through the same pinned memory. ``direct``
+    writes past the system's page cache where the file system can (Linux, ``O_DIRECT``): the file may be durable sooner,
+    but the next load reads it from the disk.
 
     ``background``: gives a ``PendingSave`` once the bytes of this moment are safe from what becomes of the caches, and
     writes while the caller goes on. On CUDA they are copied on the device, which takes as much of its memory; elsewhere
