@@ -56,6 +56,7 @@ __all__ = [
     "load_prompt_cache",
     "make_prompt_cache_from_config",
     "prefill",
+    "prefill_recorded",
     "register",
     "save_prompt_cache",
     "save_prompt_cache_with_size",
@@ -903,6 +904,22 @@ class StoreView:
         """Keep the prompt's records from eviction; give how many there are."""
     def unpin(self, tokens: list[int] | np.ndarray | mx.array) -> int:
         """Take a pin back; give how many records it held."""
+
+def prefill_recorded(
+    view: StoreView,
+    model: Callable[..., mx.array],
+    tokens: list[int] | np.ndarray | mx.array,
+    caches: list[Any],
+    *,
+    restored: int,
+    exact: bool,
+    step_size: int,
+    progress: Callable[[int, int], object] | None = None,
+) -> mx.array:
+    """Compute what ``caches`` lack of ``tokens``, whose first ``restored`` they hold; give the last logits ``(1, V)``.
+
+    Windows end at multiples of ``step_size`` from the first token; each is stored while the next is computed.
+    """
 
 @final
 class StoreRecorder:
