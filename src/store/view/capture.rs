@@ -64,7 +64,12 @@ impl Recorder {
         for (_, array) in cuts.iter_mut().flat_map(|cuts| &mut cuts.records).flat_map(|cut| &mut cut.tensors) {
             *array = array.copied()?;
         }
-        let copies = cuts.iter().flat_map(Cuts::arrays).chain(carried.iter().map(Option::as_ref).flat_map(rows_of)).cloned().collect();
+        let copies = cuts
+            .iter()
+            .flat_map(Cuts::arrays)
+            .chain(carried.iter().map(Option::as_ref).flat_map(rows_of))
+            .cloned()
+            .collect();
         self.go_on(carried, tokens.len());
         Ok((cuts, copies))
     }
