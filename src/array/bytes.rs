@@ -119,7 +119,8 @@ impl Bytes {
             bytes.check_in_place("snapshot")?;
         }
         for (bytes, copy) in all.iter_mut().zip(copies) {
-            (bytes.pitch, bytes.place) = (bytes.run, Place::Copy(copy));
+            let n_bytes = bytes.n_runs * bytes.run;
+            **bytes = Self { n_runs: 1, run: n_bytes, pitch: n_bytes, place: Place::Copy(copy) };
         }
         Ok(())
     }

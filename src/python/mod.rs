@@ -21,6 +21,7 @@ mod functions;
 mod inspect;
 mod kv;
 mod list;
+mod log;
 mod lru;
 mod models;
 mod pending;
@@ -69,6 +70,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     bridge::register(module)?;
     crate::ffi::remember_process();
     errors::register(module)?;
+    log::register(module)?;
     module.add("__version__", crate::VERSION)?;
     module.add_class::<PyCache>()?;
     module.add_class::<PyAttentionCache>()?;

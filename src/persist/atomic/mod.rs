@@ -126,6 +126,10 @@ impl AtomicFile {
         let is_same = |direct: &Direct| self.place.holds_file(&self.temp, direct.file()).unwrap_or(false);
         let is_ours = self.place.holds_file(&self.temp, &self.file).unwrap_or(false);
         self.direct = Direct::open(&self.place, &self.temp).filter(|direct| is_ours && is_same(direct));
+        if self.direct.is_some() {
+            // Nothing here wants the memory that they would give up.
+            self.old_pages = None;
+        }
         self.direct.is_some()
     }
 
