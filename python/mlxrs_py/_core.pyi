@@ -56,6 +56,7 @@ __all__ = [
     "load_prompt_cache",
     "make_prompt_cache_from_config",
     "prefill",
+    "prefill_recorded",
     "register",
     "save_prompt_cache",
     "save_prompt_cache_with_size",
@@ -720,6 +721,7 @@ def save_prompt_cache(
     format: str = "0.32",
     padded: bool = False,
     durable: bool = True,
+    direct: bool = False,
     threads: int | None = None,
     background: Literal[False] = False,
 ) -> None: ...
@@ -732,6 +734,7 @@ def save_prompt_cache(
     format: str = "0.32",
     padded: bool = False,
     durable: bool = True,
+    direct: bool = False,
     threads: int | None = None,
     background: Literal[True],
 ) -> PendingSave: ...
@@ -744,6 +747,7 @@ def save_prompt_cache(
     format: str = "0.32",
     padded: bool = False,
     durable: bool = True,
+    direct: bool = False,
     threads: int | None = None,
     background: bool,
 ) -> PendingSave | None:
@@ -752,7 +756,9 @@ def save_prompt_cache(
     The file appears whole or not at all, and holds the valid rows only. ``.safetensors`` is added to a name without it.
     ``format`` is the mlx-lm that shall read the file. ``padded`` (0.32 only) writes mlx-lm's full buffers, the padding
     zeroed. ``durable``: the file survives a crash of the machine from the moment this returns. ``threads`` write at
-    once, as they read in ``load_prompt_cache``; on CUDA from device memory through the same pinned memory.
+    once, as they read in ``load_prompt_cache``; on CUDA from device memory through the same pinned memory. ``direct``
+    writes past the system's page cache where the file system can (Linux, ``O_DIRECT``): the file may be durable sooner,
+    but the next load reads it from the disk.
 
     ``background``: gives a ``PendingSave`` once the bytes of this moment are safe from what becomes of the caches, and
     writes while the caller goes on. On CUDA they are copied on the device, which takes as much of its memory; elsewhere
@@ -900,6 +906,22 @@ class StoreView:
         """Keep the prompt's records from eviction; give how many there are."""
     def unpin(self, tokens: list[int] | np.ndarray | mx.array) -> int:
         """Take a pin back; give how many records it held."""
+
+def prefill_recorded(
+    view: StoreView,
+    model: Callable[..., mx.array],
+    tokens: list[int] | np.ndarray | mx.array,
+    caches: list[Any],
+    *,
+    restored: int,
+    exact: bool,
+    step_size: int,
+    progress: Callable[[int, int], object] | None = None,
+) -> mx.array:
+    """Compute what ``caches`` lack of ``tokens``, whose first ``restored`` they hold; give the last logits ``(1, V)``.
+
+    Windows end at multiples of ``step_size`` from the first token; each is stored while the next is computed.
+    """
 
 @final
 class StoreRecorder:

@@ -1,7 +1,7 @@
 //! Bytes of arrays where they lie, for threads that call no MLX: on the host, or on the device by way of pinned memory.
 
-use super::{Array, Dtype};
-use crate::error::{Error, Result};
+use super::Array;
+use crate::error::Result;
 use crate::ffi::cuda::{self, Runs};
 use crate::ffi::{self, DeviceBytes, HostBytes};
 use std::marker::PhantomData;
@@ -18,22 +18,21 @@ pub struct Bytes {
     pub run: usize,
     /// Bytes from the start of one to that of the next.
     pub pitch: usize,
-    /// The array's, for a copy of it.
-    shape: Vec<i32>,
-    dtype: Dtype,
     place: Place,
 }
 
 enum Place {
     Host(HostBytes),
     Device(DeviceBytes),
+    /// Device memory that no array has.
+    Copy(cuda::Copy),
 }
 
 impl Array {
     /// Its bytes, evaluated first. There is one run, or `n_runs` of them if a number is given: else a copy is made.
     ///
     /// # Errors
-    /// [`Error::Mlx`] if MLX or CUDA fails.
+    /// [`Error::Mlx`](crate::Error::Mlx) if MLX or CUDA fails.
     pub fn bytes(&self, op: &'static str, n_runs: Option<usize>) -> Result<Bytes> {
         super::eval(op, [self])?;
         let fits = |runs: &[usize; 3]| runs[0] == 1 || n_runs.is_none_or(|n| n == runs[0]);
@@ -79,8 +78,7 @@ impl Array {
 impl Bytes {
     fn new(op: &'static str, array: Array, [n_runs, run, pitch]: [usize; 3]) -> Result<Self> {
         let n_bytes = if run == 0 { 0 } else { (n_runs - 1) * pitch + run };
-        let (shape, dtype) = (array.shape().to_vec(), array.dtype());
-        let of = |place| Self { n_runs, run, pitch, shape, dtype, place };
+        let of = |place| Self { n_runs, run, pitch, place };
         let mut handle = array.0;
         if n_bytes > 0 && ffi::on_cuda() {
             handle = match DeviceBytes::new(op, handle, n_bytes)? {
@@ -95,52 +93,58 @@ impl Bytes {
     pub fn on_host(&self) -> Option<&[u8]> {
         match &self.place {
             Place::Host(bytes) => Some(bytes.bytes()),
-            Place::Device { .. } => None,
+            Place::Device(_) | Place::Copy(_) => None,
         }
     }
 
     /// Puts copies that nobody else knows in the place of those on a device, each in one run. Reading an array on the host
     /// moves it, so that its own bytes are safe only as long as nobody can read it.
     ///
+    /// The copies are no arrays: MLX may give an array freed memory that it moved off the device before.
+    ///
     /// # Errors
-    /// [`Error::Mlx`] if device memory is short; nothing has changed then.
+    /// [`Error::Mlx`](crate::Error::Mlx) if device memory is short; nothing has changed then.
     pub fn snapshot<'a>(all: impl Iterator<Item = &'a mut Self>) -> Result<()> {
-        let mut all: Vec<_> = all.filter(|bytes| bytes.on_host().is_none()).collect();
-        if all.is_empty() {
+        let mut all: Vec<_> = all.filter(|bytes| matches!(bytes.place, Place::Device(_))).collect();
+        let sources: Vec<_> = all.iter().filter_map(|bytes| Some((*bytes.device()?, bytes.runs()))).collect();
+        if sources.is_empty() {
             return Ok(());
         }
-        let op = "snapshot";
-        let shapes: Vec<_> = all.iter().map(|bytes| (bytes.shape.as_slice(), bytes.dtype)).collect();
-        let copies = super::fresh::device_zeros(op, &shapes)?;
-        let whole = |copy: Array| {
-            let n_bytes = copy.n_bytes();
-            Self::new(op, copy, [1, n_bytes, n_bytes])
-        };
-        let copies = copies.into_iter().map(whole).collect::<Result<Vec<_>>>()?;
-        let pairs = all.iter().zip(&copies).map(|(from, to)| {
-            let (Place::Device(from_device), Place::Device(to_device)) = (&from.place, &to.place) else {
-                return Err(Error::Mlx { op, message: "expected a copy on the device".to_owned() });
-            };
-            let runs = |pitch| Runs { from: 0, n: from.n_runs, run: from.run, pitch };
-            Ok((*from_device.memory(), runs(from.pitch), *to_device.memory(), runs(from.run)))
-        });
-        cuda::copy_on_device(pairs.collect::<Result<Vec<_>>>()?)?;
+        let copies = cuda::Copy::of(&sources).or_else(|_| {
+            // Memory that MLX keeps for later is as good as free.
+            ffi::memory::clear_cache()?;
+            cuda::Copy::of(&sources)
+        })?;
         for bytes in &all {
-            bytes.check_in_place(op)?;
+            bytes.check_in_place("snapshot")?;
         }
         for (bytes, copy) in all.iter_mut().zip(copies) {
-            **bytes = copy;
+            (bytes.pitch, bytes.place) = (bytes.run, Place::Copy(copy));
         }
         Ok(())
+    }
+
+    /// All runs, from the first byte on.
+    const fn runs(&self) -> Runs {
+        Runs { from: 0, n: self.n_runs, run: self.run, pitch: self.pitch }
+    }
+
+    /// None if they are on the host.
+    const fn device(&self) -> Option<&cuda::Memory> {
+        match &self.place {
+            Place::Host(_) => None,
+            Place::Device(bytes) => Some(bytes.memory()),
+            Place::Copy(copy) => Some(copy.memory()),
+        }
     }
 
     /// Fails if the bytes do not lie any more where they did: what was copied meanwhile may be anything.
     ///
     /// # Errors
-    /// [`Error::Mlx`] then.
+    /// [`Error::Mlx`](crate::Error::Mlx) then.
     pub fn check_in_place(&self, op: &'static str) -> Result<()> {
         match &self.place {
-            Place::Host(_) => Ok(()),
+            Place::Host(_) | Place::Copy(_) => Ok(()),
             Place::Device(bytes) => bytes.check_in_place(op),
         }
     }
@@ -155,7 +159,7 @@ impl<'a> Downloader<'a> {
     /// Two pinned slots of `slot_bytes` each.
     ///
     /// # Errors
-    /// [`Error::Mlx`] if CUDA fails.
+    /// [`Error::Mlx`](crate::Error::Mlx) if CUDA fails.
     pub fn new(slot_bytes: usize) -> Result<Self> {
         Ok(Self(cuda::Downloader::new(slot_bytes)?, PhantomData))
     }
@@ -173,7 +177,7 @@ impl<'a> Downloader<'a> {
     /// The free slot, for the bytes that the host writes; before any [download](Self::download) into it.
     ///
     /// # Errors
-    /// [`Error::Mlx`] if CUDA failed.
+    /// [`Error::Mlx`](crate::Error::Mlx) if CUDA failed.
     ///
     /// # Panics
     /// If no slot is free, or a download into it was begun.
@@ -185,7 +189,7 @@ impl<'a> Downloader<'a> {
     /// from its byte `to[0]` on and `to[1]` apart.
     ///
     /// # Errors
-    /// [`Error::Mlx`] if CUDA fails.
+    /// [`Error::Mlx`](crate::Error::Mlx) if CUDA fails.
     ///
     /// # Panics
     /// If the runs do not lie in the array and in the slot, no slot is free, or `bytes` are not on a device.
@@ -196,15 +200,15 @@ impl<'a> Downloader<'a> {
         from: [usize; 2],
         to: [usize; 2],
     ) -> Result<()> {
-        let Place::Device(device) = &bytes.place else { panic!("bytes on a device") };
+        let Some(memory) = bytes.device() else { panic!("bytes on a device") };
         let [from, to] = [from, to].map(|[from, pitch]| Runs { from, n: n_runs, run, pitch });
-        self.0.download(device.memory(), from, to)
+        self.0.download(memory, from, to)
     }
 
     /// Nothing more goes into the slot.
     ///
     /// # Errors
-    /// [`Error::Mlx`] if CUDA fails.
+    /// [`Error::Mlx`](crate::Error::Mlx) if CUDA fails.
     pub fn send(&mut self) -> Result<()> {
         self.0.send()
     }
@@ -212,7 +216,7 @@ impl<'a> Downloader<'a> {
     /// The slot that was sent first, once it is here.
     ///
     /// # Errors
-    /// [`Error::Mlx`] if a copy failed.
+    /// [`Error::Mlx`](crate::Error::Mlx) if a copy failed.
     ///
     /// # Panics
     /// If none is on its way.

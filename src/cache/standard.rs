@@ -56,7 +56,16 @@ pub(super) fn write(
     match (buffer, growth) {
         (Some(buffer), None) => buffer.with_rows(new, at),
         (Some(buffer), Some(Growth { kept, added })) => {
-            Array::concatenate(&[&buffer.rows(0, kept)?, &zero_rows(new, added, dtype)?], 2)?.with_rows(new, at)
+            let old = buffer.rows(0, kept)?;
+            let spare = added - new.dim(2);
+            if at == kept && new.dtype() == dtype {
+                // The same in one step: no zeros are made and copied where the new rows go.
+                return match spare {
+                    0 => Array::concatenate(&[&old, new], 2),
+                    _ => Array::concatenate(&[&old, new, &zero_rows(new, spare, dtype)?], 2),
+                };
+            }
+            Array::concatenate(&[&old, &zero_rows(new, added, dtype)?], 2)?.with_rows(new, at)
         }
         (None, growth) => zero_rows(new, growth.map_or(0, |growth| growth.added), dtype)?.with_rows(new, at),
     }

@@ -6,9 +6,9 @@ mod linux;
 mod none;
 
 #[cfg(target_os = "linux")]
-pub(crate) use linux::{Downloader, Memory, Uploader, copy_on_device, is_there};
+pub(crate) use linux::{Copy, Downloader, Memory, Uploader, is_there};
 #[cfg(not(target_os = "linux"))]
-pub(crate) use none::{Downloader, Memory, Uploader, copy_on_device, is_there};
+pub(crate) use none::{Copy, Downloader, Memory, Uploader, is_there};
 
 /// Runs of bytes in some memory: `n` of `run` bytes, `pitch` apart, from byte `from` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

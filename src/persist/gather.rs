@@ -9,27 +9,45 @@ use std::num::NonZero;
 /// Bytes that leave the device at a time.
 const SLOT: usize = 8 << 20;
 
-/// The row-major bytes of every array, evaluated first; slices of a buffer are read where they lie.
-///
-/// `threads`: how many copy at once; None: the environment variable `MLXRS_PY_THREADS`, else the cores, at most 8.
-///
-/// # Errors
-/// [`Error::Mlx`](crate::Error::Mlx) if a computation or CUDA fails.
-pub fn gather(op: &'static str, arrays: &[Array], threads: Option<NonZero<usize>>) -> Result<Vec<Vec<u8>>> {
-    array::eval(op, arrays)?;
-    let threads = threads::number(op, threads)?;
-    let sources = arrays.iter().map(|array| array.bytes(op, None)).collect::<Result<Vec<_>>>()?;
-    let mut gathered: Vec<_> = sources.iter().map(|bytes| vec![0; bytes.n_runs * bytes.run]).collect();
-    let jobs = sources.iter().zip(gathered.iter_mut().map(Vec::as_mut_slice));
-    let (on_host, on_device): (Vec<_>, Vec<_>) = jobs.partition(|(bytes, _)| bytes.on_host().is_some());
-    let copy = |(): &mut (), (bytes, to): (&Bytes, &mut [u8])| {
-        copy(bytes, to);
-        Ok(())
-    };
-    share(on_host, threads, || Ok(()), copy, Ok)?;
-    share(on_device, threads, Worker::new, Worker::download, Worker::finish)?;
-    sources.iter().try_for_each(|bytes| bytes.check_in_place(op))?;
-    Ok(gathered)
+/// The row-major bytes of arrays, which stay as they are until they are gathered.
+pub struct Gathering {
+    op: &'static str,
+    sources: Vec<Bytes>,
+    threads: NonZero<usize>,
+}
+
+impl Gathering {
+    /// The arrays are evaluated; slices of a buffer are read where they lie.
+    ///
+    /// `threads`: how many copy at once; None: the environment variable `MLXRS_PY_THREADS`, else the cores, at most 8.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`](crate::Error::Mlx) if a computation or CUDA fails.
+    pub fn new(op: &'static str, arrays: &[Array], threads: Option<NonZero<usize>>) -> Result<Self> {
+        array::eval(op, arrays)?;
+        let threads = threads::number(op, threads)?;
+        let sources = arrays.iter().map(|array| array.bytes(op, None)).collect::<Result<_>>()?;
+        Ok(Self { op, sources, threads })
+    }
+
+    /// The bytes of each array. Calls no MLX.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`](crate::Error::Mlx) if CUDA fails.
+    pub fn gather(self) -> Result<Vec<Vec<u8>>> {
+        let Self { op, sources, threads } = self;
+        let mut gathered: Vec<_> = sources.iter().map(|bytes| vec![0; bytes.n_runs * bytes.run]).collect();
+        let jobs = sources.iter().zip(gathered.iter_mut().map(Vec::as_mut_slice));
+        let (on_host, on_device): (Vec<_>, Vec<_>) = jobs.partition(|(bytes, _)| bytes.on_host().is_some());
+        let copy = |(): &mut (), (bytes, to): (&Bytes, &mut [u8])| {
+            copy(bytes, to);
+            Ok(())
+        };
+        share(on_host, threads, || Ok(()), copy, Ok)?;
+        share(on_device, threads, Worker::new, Worker::download, Worker::finish)?;
+        sources.iter().try_for_each(|bytes| bytes.check_in_place(op))?;
+        Ok(gathered)
+    }
 }
 
 fn copy(bytes: &Bytes, to: &mut [u8]) {

@@ -20,7 +20,7 @@ pub type Metadata = BTreeMap<String, String>;
 
 pub use atomic::effective_safetensors_path;
 pub use convert::{CutTensor, convert, recast};
-pub use gather::gather;
+pub use gather::Gathering;
 pub use header::TensorInfo;
 pub use reader::{CacheFile, load_prompt_cache};
 pub use restore::assemble::{Assembly, Damage, Piece, Source, assemble};

@@ -25,13 +25,16 @@ pub struct SaveOptions {
     pub padded: bool,
     /// The file survives a crash of the machine from the moment the save returns.
     pub durable: bool,
+    /// Past the system's page cache (`O_DIRECT`), where the file system can: sooner on the disk, but the next load reads it
+    /// from there.
+    pub direct: bool,
     /// How many threads write at once; None: the environment variable `MLXRS_PY_THREADS`, else the cores, at most 8.
     pub threads: Option<NonZero<usize>>,
 }
 
 impl Default for SaveOptions {
     fn default() -> Self {
-        Self { format: Format::V032, padded: false, durable: true, threads: None }
+        Self { format: Format::V032, padded: false, durable: true, direct: false, threads: None }
     }
 }
 
@@ -112,7 +115,7 @@ pub(super) fn prepare(
         layouts.push(layout);
     }
     let path = effective_safetensors_path(path);
-    Ok(Ready { path, sources, layouts, durable: options.durable, threads })
+    Ok(Ready { path, sources, layouts, durable: options.durable, direct: options.direct, threads })
 }
 
 /// Rows of an array, and the shape that the file gives them.

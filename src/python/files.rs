@@ -22,8 +22,8 @@ use std::path::{Path, PathBuf};
 ///
 /// The file appears whole or not at all, and holds the valid rows only. In the background it is written after the call.
 #[pyfunction]
-#[pyo3(signature = (file_name, cache, metadata = None, *, format = "0.32", padded = false, durable = true, threads = None, background = false))]
-#[expect(clippy::too_many_arguments, reason = "Python's keywords")]
+#[pyo3(signature = (file_name, cache, metadata = None, *, format = "0.32", padded = false, durable = true, direct = false, threads = None, background = false))]
+#[expect(clippy::too_many_arguments, clippy::fn_params_excessive_bools, reason = "Python's keywords")]
 pub(super) fn save_prompt_cache(
     py: Python<'_>,
     file_name: PathBuf,
@@ -32,11 +32,12 @@ pub(super) fn save_prompt_cache(
     format: &str,
     padded: bool,
     durable: bool,
+    direct: bool,
     threads: Option<i64>,
     background: bool,
 ) -> PyResult<Option<PyPendingSave>> {
     let threads = at_least_one("save_prompt_cache", threads)?;
-    let options = SaveOptions { format: format.parse()?, padded, durable, threads };
+    let options = SaveOptions { format: format.parse()?, padded, durable, direct, threads };
     if !background {
         return save(py, &file_name, cache, metadata, &options).map(|_| None);
     }
@@ -57,7 +58,7 @@ pub(super) fn save_prompt_cache_with_size(
     padded: bool,
     durable: bool,
 ) -> PyResult<(PathBuf, u64)> {
-    let options = SaveOptions { format: format.parse()?, padded, durable, threads: None };
+    let options = SaveOptions { format: format.parse()?, padded, durable, direct: false, threads: None };
     let saved = save(py, &file_name, cache, metadata, &options)?;
     Ok((saved.path, saved.n_bytes))
 }

@@ -29,7 +29,8 @@ pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(super::foreign::adopt, module)?)?;
     module.add_function(wrap_pyfunction!(super::registry::register, module)?)?;
     module.add_function(wrap_pyfunction!(super::list::trim_prompt_cache, module)?)?;
-    module.add_function(wrap_pyfunction!(super::prefill::prefill, module)?)
+    module.add_function(wrap_pyfunction!(super::prefill::prefill, module)?)?;
+    module.add_function(wrap_pyfunction!(super::recording::prefill_recorded, module)?)
 }
 
 /// The mask of a cache that keeps every row: None, "causal", or a bool array (N, offset + N).

@@ -27,6 +27,7 @@ mod pending;
 mod prefill;
 mod quantized;
 mod quantized_rotating;
+mod recording;
 mod registry;
 mod rotating;
 mod store;

@@ -3,6 +3,7 @@
 use super::base::count;
 use super::bridge::{PyArray, integers};
 use super::foreign::{Snapshot, is_reference};
+use super::recording::Recording;
 use crate::array::{self, Array, Pending, memory};
 use crate::prefill::{Pace, Step, Steps, run, start};
 use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
@@ -47,10 +48,49 @@ pub(super) fn prefill<'py>(
     }
     let progress = progress.filter(|progress| !progress.is_none());
     let pace = Pace::new(step_size.0)?;
-    let mut steps = PySteps { py, model, tokens, embeddings, cache, quantization, progress, pace, logits: None };
-    run(&mut steps, total)?;
-    let logits = steps.logits.ok_or_else(|| PyTypeError::new_err("prefill: the model gave no logits"))?;
-    PyArray(logits).into_pyobject(py)
+    let steps = PySteps {
+        py,
+        model,
+        tokens,
+        embeddings,
+        cache,
+        quantization,
+        progress,
+        pace,
+        recording: None,
+        done: 0,
+        logits: None,
+    };
+    PyArray(steps.run(total)?).into_pyobject(py)
+}
+
+/// Runs `tokens` (P,) on top of what `caches` and the recording's prompt already hold; gives the logits (1, V).
+///
+/// `progress` is told tokens of the whole prompt.
+pub(super) fn prefill_stored<'py>(
+    py: Python<'py>,
+    model: Bound<'py, PyAny>,
+    tokens: Array,
+    cache: Bound<'py, PyAny>,
+    progress: Option<Bound<'py, PyAny>>,
+    recording: Recording,
+) -> PyResult<Array> {
+    let total = total_tokens(&tokens, None)?;
+    let progress = progress.filter(|progress| !progress.is_none());
+    let steps = PySteps {
+        py,
+        model,
+        tokens,
+        embeddings: None,
+        cache,
+        quantization: None,
+        progress,
+        pace: Pace::new(Step::Tokens(1))?,
+        recording: Some(recording),
+        done: 0,
+        logits: None,
+    };
+    steps.run(total)
 }
 
 /// A `step_size`: a number of at least 1, or "auto".
@@ -168,7 +208,35 @@ struct PySteps<'py> {
     quantization: Option<Quantization>,
     progress: Option<Bound<'py, PyAny>>,
     pace: Pace,
+    /// What is stored on the way.
+    recording: Option<Recording>,
+    /// Tokens up to the end of the last window that was begun.
+    done: usize,
     logits: Option<Array>,
+}
+
+impl PySteps<'_> {
+    fn run(mut self, total: usize) -> PyResult<Array> {
+        let result = run(&mut self, total);
+        // After an interrupt too: the next call goes on from what is stored.
+        if let Some(recording) = self.recording {
+            recording.finish(self.py);
+        }
+        result?;
+        self.logits.ok_or_else(|| PyTypeError::new_err("prefill: the model gave no logits"))
+    }
+
+    /// Every array of the caches, and of the window's records.
+    fn held(&mut self, is_last: bool) -> PyResult<Vec<Array>> {
+        let mut arrays = Vec::new();
+        for cache in self.cache.try_iter()? {
+            super::foreign::collect_arrays(&cache?, &mut arrays)?;
+        }
+        if let Some(recording) = &mut self.recording {
+            arrays.extend(recording.cut(&self.cache, self.done, is_last)?);
+        }
+        Ok(arrays)
+    }
 }
 
 impl<'py> Steps for PySteps<'py> {
@@ -178,7 +246,7 @@ impl<'py> Steps for PySteps<'py> {
     type Pending = Pending;
 
     fn step(&self) -> usize {
-        self.pace.step()
+        self.recording.as_ref().map_or_else(|| self.pace.step(), |recording| recording.step(self.done))
     }
 
     fn checkpoint(&mut self, n_tokens: usize) -> PyResult<Self::Checkpoint> {
@@ -204,6 +272,7 @@ impl<'py> Steps for PySteps<'py> {
 
     fn forward(&mut self, window: Range<usize>) -> PyResult<()> {
         let py = self.py;
+        self.done = window.end;
         let tokens = if self.tokens.dim(0) == 0 {
             self.tokens.reshape(&[1, 0])?
         } else {
@@ -224,10 +293,7 @@ impl<'py> Steps for PySteps<'py> {
 
     fn barrier(&mut self) -> PyResult<Pending> {
         self.logits = None;
-        let mut arrays = Vec::new();
-        for cache in self.cache.try_iter()? {
-            super::foreign::collect_arrays(&cache?, &mut arrays)?;
-        }
+        let arrays = self.held(false)?;
         // Without the GIL, on this thread, which owns the streams.
         let pending = self.py.detach(move || start(&arrays))?;
         self.pace.started()?;
@@ -254,7 +320,9 @@ impl<'py> Steps for PySteps<'py> {
         };
         let last = logits.slice_axis_1(length as usize - 1)?.reshape(&[1, vocabulary])?;
         self.logits = Some(last.clone());
-        Ok(self.py.detach(move || array::eval("prefill", [&last]))?)
+        let mut arrays = if self.recording.is_some() { self.held(true)? } else { Vec::new() };
+        arrays.push(last);
+        Ok(self.py.detach(move || array::eval("prefill", &arrays))?)
     }
 
     fn hides_failures(error: &PyErr) -> bool {
@@ -263,7 +331,13 @@ impl<'py> Steps for PySteps<'py> {
     }
 
     fn progress(&mut self, done: usize, total: usize) -> PyResult<()> {
+        let mut before = 0;
+        if let Some(recording) = &mut self.recording {
+            recording.store(self.py, done);
+            before = recording.restored();
+        }
         self.py.check_signals()?;
+        let (done, total) = (before + done, before + total);
         self.progress.as_ref().map_or(Ok(()), |progress| progress.call1((done, total)).map(|_| ()))
     }
 }

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Token ids of 32 bits, as stores keep them.
-struct Ids(Vec<u32>);
+pub(super) struct Ids(pub(super) Vec<u32>);
 
 impl<'a, 'py> FromPyObject<'a, 'py> for Ids {
     type Error = PyErr;
@@ -33,7 +33,7 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Ids {
 }
 
 /// The caches without children, in order: objects of ours, or adopted ones of mlx-lm's.
-fn leaves<'py>(caches: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+pub(super) fn leaves<'py>(caches: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let mut found = Vec::new();
     for cache in caches.try_iter()? {
         add_leaves(adopt_one(cache?)?, &mut found)?;
@@ -54,7 +54,7 @@ fn add_leaves<'py>(cache: Bound<'py, PyAny>, found: &mut Vec<Bound<'py, PyAny>>)
 }
 
 /// What the leaves hold now; arrays are shared.
-fn contents(leaves: &[Bound<'_, PyAny>]) -> PyResult<Vec<Cache>> {
+pub(super) fn contents(leaves: &[Bound<'_, PyAny>]) -> PyResult<Vec<Cache>> {
     leaves.iter().map(|leaf| Ok(leaf.cast::<PyCache>()?.get().lock()?.clone())).collect()
 }
 
@@ -212,7 +212,7 @@ pub(super) struct PyView(Mutex<View>);
 
 impl PyView {
     /// The view, for as long as a call needs it: its fresh caches are cheap to clone, and belong to one thread.
-    fn view(&self) -> View {
+    pub(super) fn view(&self) -> View {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

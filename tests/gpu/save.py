@@ -155,12 +155,19 @@ def saves(folder: Path, a: list[Any], b: list[Any]) -> None:
     first = seconds(lambda: ours.save_prompt_cache(mine, a))
     print(f"first save of the process, which pins        {first:.4f} s")
     samples: dict[str, list[float]] = {"durable": [], "durable=False": [], "durable, new file": [], "mlx-lm": []}
+    samples |= {"durable, direct": [], "durable, direct, new file": []}
     for run in range(RUNS):
         samples["durable"].append(seconds(lambda: ours.save_prompt_cache(mine, a)))
         samples["mlx-lm"].append(seconds(lambda: theirs.save_prompt_cache(other, b)))
         samples["durable=False"].append(seconds(lambda: ours.save_prompt_cache(mine, a, durable=False)))
         new = folder / f"new{run}.safetensors"
         samples["durable, new file"].append(seconds(lambda new=new: ours.save_prompt_cache(new, a)))
+        new.unlink()
+        samples["durable, direct"].append(seconds(lambda: ours.save_prompt_cache(mine, a, direct=True)))
+        new = folder / f"direct{run}.safetensors"
+        samples["durable, direct, new file"].append(
+            seconds(lambda new=new: ours.save_prompt_cache(new, a, direct=True))
+        )
         new.unlink()
     for what, times in samples.items():
         note = "" if what == "mlx-lm" else f"{min(samples['mlx-lm']) / min(times):.2f} times mlx-lm, minima"

@@ -14,13 +14,15 @@ def caches():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_number_of_threads_changes_no_byte(caches, padded, tmp_path, monkeypatch):
+def test_the_number_of_threads_and_the_page_cache_change_no_byte(caches, padded, tmp_path, monkeypatch):
     files = [tmp_path / f"{threads}.safetensors" for threads in (1, 2, 7)]
     for threads, file in zip((1, 2, 7), files, strict=True):
         save_prompt_cache(file, caches, padded=padded, threads=threads)
     monkeypatch.setenv("MLXRS_PY_THREADS", "3")
-    files.append(tmp_path / "variable.safetensors")
-    save_prompt_cache(files[-1], caches, padded=padded, durable=False)
+    files += [tmp_path / f"{name}.safetensors" for name in ("variable", "direct", "background")]
+    save_prompt_cache(files[3], caches, padded=padded, durable=False)
+    save_prompt_cache(files[4], caches, padded=padded, direct=True)
+    save_prompt_cache(files[5], caches, padded=padded, direct=True, background=True).result()
     assert len({file.read_bytes() for file in files}) == 1
     for cache, loaded in zip(caches, load_prompt_cache(files[0]), strict=True):
         assert leaves(loaded.keys_and_values() if loaded.offset else None) == leaves(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -136,7 +136,7 @@ class View:
         """Restore what is stored of a prompt, compute the rest and store it.
 
         The windows end at multiples of ``step_size`` counted from the first token; then the rest, then the last token
-        alone. Each window is stored when it is computed: a call that was interrupted goes on there the next time.
+        alone. Each window is stored while the next is computed: an interrupted call goes on there the next time.
 
         Args:
             model: Called as ``model(tokens[None], cache=caches)``.
@@ -164,23 +164,21 @@ class View:
         if ids.size == 0 or ids.ndim != 1:
             raise ValueError(f"View.prefill: expected token ids (P,), at least one, got {ids.shape}")
         caches, n_restored, is_exact = self._begin(ids, step_size, exact, policy)
-        recorder = self._core.recorder(n_restored, step_size, is_exact)
         bar: AbstractContextManager[Callable[[int, int], object] | None]
         bar = _bar() if progress is True else nullcontext(progress or None)
         total = len(ids)
-        logits = mx.zeros((1, 0))
         start = time.perf_counter()
         with bar as report:
-            if report:
-                report(n_restored, total)
-            for begin, end in _windows(n_restored, total, step_size):
-                logits = model(mx.array(ids[begin:end])[None], cache=caches)[:, -1, :]
-                if end == total:
-                    mx.eval(logits)
-                mx.eval([c.state for c in caches])
-                recorder.note(ids[:end], caches, end == total, False)
-                if report:
-                    report(end, total)
+            logits = _core.prefill_recorded(
+                self._core,
+                model,
+                ids,
+                caches,
+                restored=n_restored,
+                exact=is_exact,
+                step_size=step_size,
+                progress=report,
+            )
         computed = total - n_restored
         if computed >= min(step_size, 256):
             self._store.note_rate(self._rate_name, computed / max(time.perf_counter() - start, 1e-6))
@@ -207,12 +205,3 @@ class View:
     def unpin(self, tokens: list[int] | np.ndarray | mx.array) -> int:
         """Take a pin back; give how many records it held."""
         return self._core.unpin(tokens)
-
-
-def _windows(start: int, total: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut what is left at multiples of the step; the last token is alone, as in mlx-lm."""
-    while start < total - 1:
-        end = min((start // step + 1) * step, total - 1)
-        yield start, end
-        start = end
-    yield total - 1, total

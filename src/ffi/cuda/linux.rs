@@ -7,7 +7,7 @@ mod stream;
 mod upload;
 
 pub(crate) use download::Downloader;
-pub(crate) use snapshot::copy_on_device;
+pub(crate) use snapshot::Copy;
 pub(crate) use upload::Uploader;
 
 use crate::error::{Error, Result};

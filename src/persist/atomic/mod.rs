@@ -3,6 +3,7 @@
 //! The bytes go to a temporary file in the target's own folder, which is then renamed over the target: at every
 //! moment, also when the process or the machine dies, the target is the old file or the new one.
 
+mod direct;
 mod pages;
 mod place;
 mod probe;
@@ -21,6 +22,8 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, retry_on_intr};
 
+use self::direct::Direct;
+pub(super) use self::direct::aligned_zeros;
 use self::pages::OldPages;
 use self::place::Place;
 use self::probe::reach;
@@ -68,6 +71,7 @@ pub struct AtomicFile {
     temp: OsString,
     file: File,
     old_pages: Option<OldPages>,
+    direct: Option<Direct>,
     is_committed: bool,
 }
 
@@ -83,7 +87,16 @@ impl AtomicFile {
         let old = place.occupant().map_err(|error| fail("replace")(error.into()))?;
         sweep::remove_dead(&place);
         let (temp, file) = make_temporary(&place, old).map_err(fail("create a temporary file for"))?;
-        Ok(Self { target: target.to_owned(), path, place, temp, file, old_pages: None, is_committed: false })
+        Ok(Self {
+            target: target.to_owned(),
+            path,
+            place,
+            temp,
+            file,
+            old_pages: None,
+            direct: None,
+            is_committed: false,
+        })
     }
 
     /// Appends `bytes`.
@@ -106,6 +119,16 @@ impl AtomicFile {
         Ok(())
     }
 
+    /// From now on what lies at multiples of 4 KiB, in the file and in memory, is written past the page cache; false if
+    /// the file system cannot, and nothing changes.
+    pub fn write_past_page_cache(&mut self) -> bool {
+        // The name may be another file's by now, if somebody meddles with the folder.
+        let is_same = |direct: &Direct| self.place.holds_file(&self.temp, direct.file()).unwrap_or(false);
+        let is_ours = self.place.holds_file(&self.temp, &self.file).unwrap_or(false);
+        self.direct = Direct::open(&self.place, &self.temp).filter(|direct| is_ours && is_same(direct));
+        self.direct.is_some()
+    }
+
     /// Writes `bytes` at byte `at` of the file. Several threads may, at places of their own.
     ///
     /// # Errors
@@ -114,7 +137,10 @@ impl AtomicFile {
         if let Some(pages) = &self.old_pages {
             pages.give_up(at, bytes.len());
         }
-        let written = reach(Phase::Write).and_then(|()| self.file.write_all_at(bytes, at));
+        let written = reach(Phase::Write).and_then(|()| {
+            let n_direct = self.direct.as_ref().map_or(Ok(0), |direct| direct.write(bytes, at))?;
+            self.file.write_all_at(&bytes[n_direct..], at + n_direct as u64)
+        });
         written.map_err(|source| self.error("write", source))
     }
 

@@ -3,6 +3,7 @@
 use super::Job;
 use super::plan::{Part, Window};
 use crate::error::Result;
+use crate::persist::atomic::aligned_zeros;
 use crate::persist::threads::share;
 use std::num::NonZero;
 
@@ -15,9 +16,8 @@ pub(super) fn write(job: &Job<'_>, windows: Vec<Window>, threads: NonZero<usize>
 
 fn one(job: &Job<'_>, window: &Window, scratch: &mut Vec<u8>) -> Result<()> {
     let n_runs: usize = window.parts.iter().map(|part| part.n_heads).sum();
-    if n_runs * SMALL > window.n_bytes {
-        scratch.clear();
-        scratch.resize(window.n_bytes, 0);
+    if job.direct || n_runs * SMALL > window.n_bytes {
+        let scratch = aligned_zeros(scratch, window.n_bytes);
         for part in &window.parts {
             gather(job, part, scratch);
         }

@@ -32,6 +32,8 @@ pub(super) struct Ready {
     /// One for each source.
     pub layouts: Vec<Layout>,
     pub durable: bool,
+    /// Past the page cache, where the file system can.
+    pub direct: bool,
     pub threads: NonZero<usize>,
 }
 
@@ -62,7 +64,8 @@ impl Ready {
         let n_bytes = self.n_bytes();
         file.reserve(n_bytes)?;
         let windows = plan::windows(&self.layouts, n_bytes);
-        let job = Job { file: &file, sources: &self.sources, early: self.durable };
+        let direct = self.direct && file.write_past_page_cache();
+        let job = Job { file: &file, sources: &self.sources, direct, early: self.durable && !direct };
         if self.sources.iter().any(|source| source.on_host().is_none()) {
             device::write(&job, windows, self.threads)?;
         } else {
@@ -82,6 +85,8 @@ impl Ready {
 struct Job<'a> {
     file: &'a AtomicFile,
     sources: &'a [Source],
+    /// True if whole windows go past the page cache.
+    direct: bool,
     /// True if the disk shall begin at once, since it will be waited for.
     early: bool,
 }

@@ -5,10 +5,13 @@ use super::layout::{self, Leaf};
 use crate::array::{self, Array};
 use crate::cache::{Cache, KvTensor, Lookback};
 use crate::error::{Error, Result};
-use crate::persist::gather;
-use crate::store::prompt_store::{NewRecord, NewTensor, PutHandle, RecordKind, Wanted};
+use crate::persist::Gathering;
+use crate::store::prompt_store::{NewRecord, NewTensor, PromptStore, PutHandle, RecordKind, Space, Wanted};
 use std::ops::Range;
+use std::sync::Arc;
 
+/// The operation that errors name.
+const OP: &str = "PromptStore.put";
 /// Bytes of records that are cut before they are handed to the store.
 const BATCH: usize = 128 << 20;
 
@@ -20,8 +23,8 @@ pub struct Recorder {
     view: View,
     /// Tokens up to which full blocks were handed to the store, or were there.
     blocks_end: usize,
-    /// Rows of windowed layers since `blocks_end`, which their rings may drop: per leaf the tokens, keys and values.
-    carried: Vec<Option<(Range<usize>, [KvTensor; 2])>>,
+    /// Rows of windowed layers since `blocks_end`, which their rings may drop; one for each leaf.
+    carried: Vec<Option<Carried>>,
     /// Tokens up to which every row was computed in full windows of the grid, on top of rows that were.
     exact_to: usize,
     grid: u32,
@@ -45,13 +48,46 @@ impl Recorder {
     /// # Errors
     /// [`Error::Value`] if the caches are not at that token, [`Error::Mlx`] if they cannot be computed.
     pub fn note(&mut self, tokens: &[u32], leaves: &[Cache], is_last: bool, keep: bool) -> Result<Vec<PutHandle>> {
-        let op = "PromptStore.put";
-        self.view.check(op, leaves)?;
+        let (cuts, carried) = self.cut_in_place(tokens, leaves, is_last, keep)?;
+        array::eval(OP, carried.iter().map(Option::as_ref).flat_map(rows_of))?;
+        self.go_on(carried, tokens.len());
+        cuts.into_iter().map(|cuts| cuts.locate()?.store()).collect()
+    }
+
+    /// As [`note`](Self::note), but of a window that is still to be computed: the records hold copies, so that the caches'
+    /// buffers are free for the next window. The arrays are to be computed with it.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if the caches are not at that token, [`Error::Mlx`] if MLX fails.
+    pub fn cut(&mut self, tokens: &[u32], leaves: &[Cache], is_last: bool) -> Result<(Vec<Cuts>, Vec<Array>)> {
+        let (mut cuts, carried) = self.cut_in_place(tokens, leaves, is_last, false)?;
+        for (_, array) in cuts.iter_mut().flat_map(|cuts| &mut cuts.records).flat_map(|cut| &mut cut.tensors) {
+            *array = array.copied()?;
+        }
+        let copies = cuts
+            .iter()
+            .flat_map(Cuts::arrays)
+            .chain(carried.iter().map(Option::as_ref).flat_map(rows_of))
+            .cloned()
+            .collect();
+        self.go_on(carried, tokens.len());
+        Ok((cuts, copies))
+    }
+
+    /// Records of what is missing in the store, lazy, and the rows to carry on.
+    fn cut_in_place(
+        &mut self,
+        tokens: &[u32],
+        leaves: &[Cache],
+        is_last: bool,
+        keep: bool,
+    ) -> Result<(Vec<Cuts>, Vec<Option<Carried>>)> {
+        self.view.check(OP, leaves)?;
         let n_tokens = tokens.len();
         for (at, leaf) in leaves.iter().enumerate() {
             if let Some(boundary) = leaf.boundary().filter(|boundary| boundary.n_tokens != n_tokens) {
                 let expected = format!("cache {at} at token {n_tokens}");
-                return Err(Error::value(op, expected, format!("at token {}", boundary.n_tokens)));
+                return Err(Error::value(OP, expected, format!("at token {}", boundary.n_tokens)));
             }
         }
         let step = self.grid as usize;
@@ -62,22 +98,24 @@ impl Recorder {
         self.at = n_tokens;
         let wanted = self.wanted(n_tokens, is_last, keep);
         let missing = self.view.store.missing(&self.view.space, tokens, &wanted);
-        let mut handles = Vec::new();
-        let mut batch = Batch::default();
+        let (store, space) = (&self.view.store, self.view.space);
+        let mut all: Vec<Cuts> = Vec::new();
         for wanted in wanted.iter().zip(missing).filter_map(|(wanted, is_missing)| is_missing.then_some(wanted)) {
-            batch.add(match wanted.kind {
+            let cut = match wanted.kind {
                 RecordKind::Rows => self.rows(leaves, wanted)?,
                 RecordKind::State => states(leaves, wanted)?,
-            });
-            if batch.n_bytes >= BATCH {
-                handles.push(self.view.store.put(&self.view.space, tokens, batch.take()?));
+            };
+            match all.last_mut() {
+                Some(cuts) if cuts.n_bytes < BATCH => cuts.add(cut),
+                _ => {
+                    let mut cuts =
+                        Cuts { store: store.clone(), space, tokens: tokens.to_vec(), records: Vec::new(), n_bytes: 0 };
+                    cuts.add(cut);
+                    all.push(cuts);
+                }
             }
         }
-        if !batch.records.is_empty() {
-            handles.push(self.view.store.put(&self.view.space, tokens, batch.take()?));
-        }
-        self.carry(leaves, n_tokens)?;
-        Ok(handles)
+        Ok((all, self.carried(leaves, n_tokens)?))
     }
 
     /// The records of the caches' tokens that were not looked at yet.
@@ -113,7 +151,7 @@ impl Recorder {
             };
             let (from, rows) = self.leaf_rows(at, leaf, wanted.start..wanted.end)?;
             if from > wanted.start && lookback == Lookback::All {
-                return Err(Error::value("PromptStore.put", format!("rows from token {} on", wanted.start), from));
+                return Err(Error::value(OP, format!("rows from token {} on", wanted.start), from));
             }
             cut.complete_from = cut.complete_from.max(from);
             let boundary = leaf.boundary().filter(|boundary| boundary.n_tokens == wanted.end);
@@ -144,27 +182,33 @@ impl Recorder {
         }
     }
 
-    /// Copies the rows behind the last full block that a ring may drop before that block is full.
-    fn carry(&mut self, leaves: &[Cache], n_tokens: usize) -> Result<()> {
-        let block = self.view.store.block_tokens();
-        let start = n_tokens / block * block;
-        let mut copies = Vec::new();
-        let mut carried = Vec::with_capacity(leaves.len());
-        for (at, leaf) in leaves.iter().enumerate() {
+    /// Copies of the rows behind the last full block that a ring may drop before that block is full.
+    fn carried(&self, leaves: &[Cache], n_tokens: usize) -> Result<Vec<Option<Carried>>> {
+        let start = n_tokens / self.view.store.block_tokens() * self.view.store.block_tokens();
+        let carried = leaves.iter().enumerate().map(|(at, leaf)| {
             let is_windowed = matches!(leaf.lookback(), Some(Lookback::Window { .. }));
-            carried.push(match self.leaf_rows(at, leaf, start..n_tokens)? {
+            Ok(match self.leaf_rows(at, leaf, start..n_tokens)? {
                 (from, Some([keys, values])) if is_windowed => {
-                    let rows = [keys.try_map(Array::copied)?, values.try_map(Array::copied)?];
-                    copies.extend(rows.iter().flat_map(KvTensor::arrays).cloned());
-                    Some((from..n_tokens, rows))
+                    Some((from..n_tokens, [keys.try_map(Array::copied)?, values.try_map(Array::copied)?]))
                 }
                 _ => None,
-            });
-        }
-        array::eval("PromptStore.put", &copies)?;
-        (self.carried, self.blocks_end) = (carried, start.max(self.blocks_end));
-        Ok(())
+            })
+        });
+        carried.collect()
     }
+
+    /// The next note goes on from `n_tokens`.
+    fn go_on(&mut self, carried: Vec<Option<Carried>>, n_tokens: usize) {
+        let block = self.view.store.block_tokens();
+        (self.carried, self.blocks_end) = (carried, (n_tokens / block * block).max(self.blocks_end));
+    }
+}
+
+/// Rows of a windowed layer: their tokens, keys and values.
+type Carried = (Range<usize>, [KvTensor; 2]);
+
+fn rows_of(carried: Option<&Carried>) -> impl Iterator<Item = &Array> {
+    carried.into_iter().flat_map(|(_, rows)| rows).flat_map(KvTensor::arrays)
 }
 
 fn joined(before: &KvTensor, after: &KvTensor) -> Result<KvTensor> {
@@ -177,7 +221,7 @@ fn states(leaves: &[Cache], wanted: &Wanted) -> Result<Cut> {
     for (at, leaf) in leaves.iter().enumerate() {
         let Cache::Arrays(cache) = leaf else { continue };
         if cache.left_padding.is_some() || cache.lengths.is_some() {
-            return Err(Error::value("PromptStore.put", "states of one sequence", "a batch that is padded"));
+            return Err(Error::value(OP, "states of one sequence", "a batch that is padded"));
         }
         let slots = cache.slots.iter().enumerate();
         cut.tensors.extend(slots.filter_map(|(slot, array)| Some((layout::slot_name(at, slot), array.clone()?))));
@@ -187,6 +231,7 @@ fn states(leaves: &[Cache], wanted: &Wanted) -> Result<Cut> {
 }
 
 /// A record whose tensors are still MLX's.
+#[derive(Debug)]
 struct Cut {
     kind: RecordKind,
     start: usize,
@@ -205,32 +250,67 @@ impl Cut {
     }
 }
 
-/// Records that are computed and copied to the host together.
-#[derive(Default)]
-struct Batch {
+/// Records of one prompt whose bytes go to the host together.
+#[derive(Debug)]
+pub struct Cuts {
+    store: Arc<PromptStore>,
+    space: Space,
+    tokens: Vec<u32>,
     records: Vec<Cut>,
     n_bytes: usize,
 }
 
-impl Batch {
+impl Cuts {
     fn add(&mut self, cut: Cut) {
         self.n_bytes += cut.tensors.iter().map(|(_, array)| array.n_bytes()).sum::<usize>();
         self.records.push(cut);
     }
 
-    fn take(&mut self) -> Result<Vec<NewRecord>> {
-        let cuts = std::mem::take(self).records;
-        let arrays: Vec<_> = cuts.iter().flat_map(|cut| &cut.tensors).map(|(_, array)| array.clone()).collect();
-        let mut gathered = gather("PromptStore.put", &arrays, None)?.into_iter();
+    fn arrays(&self) -> impl Iterator<Item = &Array> {
+        self.records.iter().flat_map(|cut| &cut.tensors).map(|(_, array)| array)
+    }
+
+    /// Finds where the bytes lie; what is not computed yet is.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if that fails.
+    pub fn locate(self) -> Result<Located> {
+        let arrays: Vec<_> = self.arrays().cloned().collect();
+        let gathering = Gathering::new(OP, &arrays, None)?;
         let record = |cut: Cut| {
             let tensor = |(name, array): (String, Array)| {
                 let shape = array.shape().iter().map(|&dim| dim as usize).collect();
-                NewTensor { name, dtype: array.dtype(), shape, bytes: gathered.next().unwrap_or_default() }
+                NewTensor { name, dtype: array.dtype(), shape, bytes: Vec::new() }
             };
             let Cut { kind, start, end, grid, complete_from, keep, layout, tensors } = cut;
             let tensors = tensors.into_iter().map(tensor).collect();
             NewRecord { kind, start, end, grid, complete_from, keep, layout, tensors }
         };
-        Ok(cuts.into_iter().map(record).collect())
+        let Self { store, space, tokens, records, .. } = self;
+        Ok(Located { store, space, tokens, records: records.into_iter().map(record).collect(), gathering })
+    }
+}
+
+/// Records of which nothing is left to compute: any thread may store them.
+pub struct Located {
+    store: Arc<PromptStore>,
+    space: Space,
+    tokens: Vec<u32>,
+    /// Still without their bytes.
+    records: Vec<NewRecord>,
+    gathering: Gathering,
+}
+
+impl Located {
+    /// Copies the bytes to the host and gives the records to the store. Calls no MLX.
+    ///
+    /// # Errors
+    /// [`Error::Mlx`] if CUDA fails.
+    pub fn store(mut self) -> Result<PutHandle> {
+        let mut gathered = self.gathering.gather()?.into_iter();
+        for tensor in self.records.iter_mut().flat_map(|record| &mut record.tensors) {
+            tensor.bytes = gathered.next().unwrap_or_default();
+        }
+        Ok(self.store.put(&self.space, &self.tokens, self.records))
     }
 }

@@ -4,7 +4,7 @@ mod capture;
 mod layout;
 mod restore;
 
-pub use capture::Recorder;
+pub use capture::{Cuts, Located, Recorder};
 pub use restore::{Lookup, Restored};
 
 use crate::cache::{Cache, Lookback};

@@ -96,21 +96,52 @@ pub fn save_with_a_fault_in_each_write(folder: &Path) {
     // Of a whole process, since the writers are threads of their own.
     assert!(set_probe(probe));
     let target = folder.join("x.safetensors");
-    let options = SaveOptions { durable: false, threads: NonZero::new(3), ..SaveOptions::default() };
-    let save = |cache: Cache| save_prompt_cache(&target, &[cache], &Default::default(), &options);
+    for direct in [false, true] {
+        fault_in_each_write(folder, &target, direct);
+    }
+}
+
+fn fault_in_each_write(folder: &Path, target: &Path, direct: bool) {
+    WRITES.store(0, Ordering::SeqCst);
+    let options = SaveOptions { durable: false, direct, threads: NonZero::new(3), ..SaveOptions::default() };
+    let save = |cache: Cache| save_prompt_cache(target, &[cache], &Default::default(), &options);
     save(cache_of(300)).unwrap();
-    let old = fs::metadata(&target).unwrap().len();
+    let old = fs::metadata(target).unwrap().len();
     let n_writes = WRITES.load(Ordering::SeqCst);
-    assert!(n_writes > 5, "{n_writes} writes");
+    // Past the page cache whole windows are written.
+    assert!(n_writes > if direct { 1 } else { 5 }, "{n_writes} writes");
     for failing in 1..=n_writes {
         WRITES.store(0, Ordering::SeqCst);
         FAILING.store(failing, Ordering::SeqCst);
         let error = save(cache_of(301)).unwrap_err();
-        assert!(matches!(&error, Error::Io { path, .. } if *path == target), "{failing}: {error}");
-        assert_eq!(fs::metadata(&target).unwrap().len(), old);
+        assert!(matches!(&error, Error::Io { path, .. } if path == target), "{failing}: {error}");
+        assert_eq!(fs::metadata(target).unwrap().len(), old);
         assert_eq!(names(folder), ["x.safetensors"]);
     }
     FAILING.store(0, Ordering::SeqCst);
     save(cache_of(301)).unwrap();
-    CacheFile::open(&target).unwrap().read(None).unwrap();
+    CacheFile::open(target).unwrap().read(None).unwrap();
+}
+
+#[test]
+fn past_the_page_cache_a_file_has_the_same_bytes() {
+    // The second takes no such writes on most kernels.
+    for folder in
+        [tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap(), tempfile::tempdir_in("/dev/shm").unwrap()]
+    {
+        for (n_rows, durable) in [(1, true), (300, false), (5000, true)] {
+            let rows: Vec<i32> = (0..n_rows * 8 * 128).collect();
+            let rows =
+                Array::from_i32(&rows).unwrap().reshape(&[1, 8, n_rows, 128]).unwrap().astype(Dtype::F32).unwrap();
+            let mut cache = Cache::Standard(StandardKvCache::default());
+            cache.as_kv_mut().unwrap().update(&rows, &rows).unwrap();
+            let [through, past] = [false, true].map(|direct| {
+                let path = folder.path().join(format!("{direct}.safetensors"));
+                let options = SaveOptions { durable, direct, ..SaveOptions::default() };
+                save_prompt_cache(&path, std::slice::from_ref(&cache), &Default::default(), &options).unwrap();
+                fs::read(path).unwrap()
+            });
+            assert!(through == past, "{n_rows} rows in {folder:?}");
+        }
+    }
 }
