@@ -25,13 +25,9 @@ extern "C" mlx_stream mlxrs_current_stream(void) {
   }
 }
 
-extern "C" mlx_array mlxrs_host_array(const int* shape, int dim, mlx_dtype dtype, void** data) {
+extern "C" mlx_array mlxrs_host_array(const int* shape, int dim, mlx_dtype dtype, size_t bytes, void** data) {
   try {
     auto type = mlx_dtype_to_cpp(dtype);
-    size_t bytes = mx::size_of(type);
-    for (int i = 0; i < dim; i++) {
-      bytes *= static_cast<size_t>(shape[i]);
-    }
     auto memory = mx::allocator::malloc(bytes);
     *data = memory.buffer().raw_ptr();
     if (*data == nullptr && bytes > 0) {

@@ -22,9 +22,9 @@ extern "C" {
    never freed; the next call on the same thread renews it. */
 mlx_stream mlxrs_current_stream(void);
 
-/* A new array over memory of MLX's own allocator, not yet written; `data` is its first byte, which the CPU may write
-   until the array is first used. On CUDA it is unified memory. An empty handle on failure, after the error handler. */
-mlx_array mlxrs_host_array(const int* shape, int dim, mlx_dtype dtype, void** data);
+/* A new array over `bytes` of MLX's own allocator, what shape and type take, not yet written; `data` is its first byte,
+   which the CPU may write until the array is first used. On CUDA it is unified memory. An empty handle on failure, after the error handler. */
+mlx_array mlxrs_host_array(const int* shape, int dim, mlx_dtype dtype, size_t bytes, void** data);
 
 /* True if the array has been computed, or its computation has been scheduled. */
 bool mlxrs_is_scheduled(const mlx_array array);

@@ -804,7 +804,9 @@ def load_prompt_cache(
 
     ``threads`` read at once, straight to each row's place; on CUDA through pinned memory into device memory. None: the
     environment variable ``MLXRS_PY_THREADS``, else the number of cores, at most 8. Pinned memory, 128 MiB at most, is
-    kept for the next load.
+    kept for the next load. On Linux CPUs MLX is told to keep as much freed memory as a load takes, for the next one: at
+    most a quarter of its memory limit, or ``MLXRS_PY_SPARE`` bytes; 0 leaves MLX's limit alone, and so does a program's
+    own ``mx.set_cache_limit``.
 
     ``lazy``: header and sizes are checked, and MLX reads each array when it is first computed, as after mlx-lm's load.
     The arrays are the same, bit for bit. The file stays open until all are read; if it is short or was written by then,

@@ -1,6 +1,6 @@
 //! Arrays whose bytes come from outside: memory that is written before MLX sees it.
 
-use super::{Array, Dtype, to_mlx};
+use super::{Array, Dtype, spare, to_mlx};
 use crate::error::{Error, Result};
 use crate::ffi::{FreshHandle, cuda};
 use std::marker::PhantomData;
@@ -11,6 +11,18 @@ use std::ops::Range;
 pub struct HostBuffer(FreshHandle);
 
 impl HostBuffer {
+    /// Memory for arrays of these shapes, which arrays that were dropped may have had. MLX is told to keep as much when
+    /// they are dropped in their turn: see [`spare`].
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a negative or overflowing shape, or a variable that is no number, [`Error::Mlx`] if memory is
+    /// short.
+    pub fn many<'a>(op: &'static str, shapes: impl Iterator<Item = (&'a [i32], Dtype)> + Clone) -> Result<Vec<Self>> {
+        let sizes = shapes.clone().map(|(shape, dtype)| n_bytes(shape, dtype));
+        let n_bytes = sizes.sum::<Result<usize>>()?;
+        spare::take(op, n_bytes, || shapes.map(|(shape, dtype)| Self::new(shape, dtype)).collect())
+    }
+
     /// Memory for an array of this shape.
     ///
     /// # Errors

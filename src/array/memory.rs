@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::ffi::memory;
 
 /// Unused buffers are returned once they take more than this part of the memory limit.
-const SHARE: usize = 4;
+pub(super) const SHARE: usize = 4;
 
 /// Returns MLX's unused buffers to the system if they take more than a quarter of its memory limit, or if with the
 /// arrays they take more than all of it. Below that the next arrays get them, which asks no system and no device.

@@ -8,6 +8,7 @@ mod lazy;
 pub mod memory;
 mod pending;
 mod rows;
+mod spare;
 
 pub use bytes::{Bytes, Downloader};
 pub use dtype::Dtype;

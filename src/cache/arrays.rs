@@ -1,6 +1,6 @@
 //! `ArraysCache`: the recurrent states of a layer, one slot each.
 
-use super::{Cache, Checkpoint, CheckpointKind, LayerCache, State, array_field, array_state, checked_fields};
+use super::{Cache, Checkpoint, LayerCache, State, array_field, array_state, checked_fields};
 use crate::array::{Array, Dtype};
 use crate::error::{Error, Result};
 
@@ -271,11 +271,7 @@ impl LayerCache for ArraysCache {
     }
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
-        if let CheckpointKind::Whole(cache) = checkpoint.0
-            && let Cache::Arrays(cache) = *cache
-        {
-            *self = cache;
-        }
+        checkpoint.put_back(self, |cache| if let Cache::Arrays(cache) = cache { Some(cache) } else { None });
     }
 
     fn copy(&self) -> Cache {

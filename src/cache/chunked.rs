@@ -4,8 +4,8 @@ use super::plan::Growth;
 use super::standard::write;
 use super::tensor::check_update;
 use super::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, STEP, State, array_field, array_state,
-    checked_fields, count_field, dense, mask, nothing_yet, settle,
+    Cache, Checkpoint, KvCache, KvTensor, LayerCache, MaskMode, STEP, State, array_field, array_state, checked_fields,
+    count_field, dense, mask, nothing_yet, settle,
 };
 use crate::array::Array;
 use crate::error::{Error, Result};
@@ -125,17 +125,10 @@ impl LayerCache for ChunkedKvCache {
     }
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
-        match checkpoint.0 {
-            CheckpointKind::Offset(offset) => {
-                self.offset = offset;
-                settle(self.keys.iter_mut().chain(&mut self.values));
-            }
-            CheckpointKind::Whole(cache) => {
-                if let Cache::Chunked(cache) = *cache {
-                    *self = cache;
-                }
-            }
-            CheckpointKind::Children(_) => {}
+        let whole = |cache| if let Cache::Chunked(cache) = cache { Some(cache) } else { None };
+        if let Some(offset) = checkpoint.put_back(self, whole) {
+            self.offset = offset;
+            settle(self.keys.iter_mut().chain(&mut self.values));
         }
     }
 
@@ -166,23 +159,7 @@ impl KvCache for ChunkedKvCache {
         Ok(seen)
     }
 
-    fn keys(&self) -> Option<KvTensor> {
-        self.keys.clone().map(KvTensor::Dense)
-    }
-
-    fn values(&self) -> Option<KvTensor> {
-        self.values.clone().map(KvTensor::Dense)
-    }
-
-    fn set_keys(&mut self, keys: Option<KvTensor>) -> Result<()> {
-        self.keys = dense("keys", keys)?;
-        Ok(())
-    }
-
-    fn set_values(&mut self, values: Option<KvTensor>) -> Result<()> {
-        self.values = dense("values", values)?;
-        Ok(())
-    }
+    dense::buffers!();
 
     fn keys_and_values(&self) -> Result<(KvTensor, KvTensor)> {
         match (&self.keys, &self.values) {

@@ -2,8 +2,8 @@
 
 use super::tensor::check_update;
 use super::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, State, array_field, array_state,
-    checked_fields, dense, mask, nothing_yet,
+    Cache, Checkpoint, KvCache, KvTensor, LayerCache, MaskMode, State, array_field, array_state, checked_fields, dense,
+    mask, nothing_yet,
 };
 use crate::array::Array;
 use crate::error::{Error, Result};
@@ -55,11 +55,7 @@ impl LayerCache for ConcatenateKvCache {
     }
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
-        if let CheckpointKind::Whole(cache) = checkpoint.0
-            && let Cache::Concatenate(cache) = *cache
-        {
-            *self = cache;
-        }
+        checkpoint.put_back(self, |cache| if let Cache::Concatenate(cache) = cache { Some(cache) } else { None });
     }
 
     fn copy(&self) -> Cache {
@@ -90,23 +86,7 @@ impl KvCache for ConcatenateKvCache {
         Ok((KvTensor::Dense(keys), KvTensor::Dense(values)))
     }
 
-    fn keys(&self) -> Option<KvTensor> {
-        self.keys.clone().map(KvTensor::Dense)
-    }
-
-    fn values(&self) -> Option<KvTensor> {
-        self.values.clone().map(KvTensor::Dense)
-    }
-
-    fn set_keys(&mut self, keys: Option<KvTensor>) -> Result<()> {
-        self.keys = dense("keys", keys)?;
-        Ok(())
-    }
-
-    fn set_values(&mut self, values: Option<KvTensor>) -> Result<()> {
-        self.values = dense("values", values)?;
-        Ok(())
-    }
+    dense::buffers!();
 
     fn keys_and_values(&self) -> Result<(KvTensor, KvTensor)> {
         match (&self.keys, &self.values) {

@@ -4,6 +4,7 @@ mod arrays;
 pub mod batch;
 mod chunked;
 mod concatenate;
+mod dense;
 mod list;
 pub mod mask;
 pub mod plan;
@@ -269,18 +270,6 @@ fn no_batch(cache: &Cache) -> Error {
 /// The error of asking an empty cache for its rows.
 fn nothing_yet() -> Error {
     Error::value("keys_and_values", "a cache with tokens", "an empty one")
-}
-
-/// A dense buffer `(B, H, L, D)` that is being assigned.
-fn dense(op: &'static str, tensor: Option<KvTensor>) -> Result<Option<Array>> {
-    match tensor {
-        None => Ok(None),
-        Some(KvTensor::Dense(array)) if array.shape().len() == 4 => Ok(Some(array)),
-        Some(KvTensor::Dense(array)) => Err(Error::value(op, "an array (B, H, L, D)", format!("{:?}", array.shape()))),
-        Some(KvTensor::Quantized(_)) => {
-            Err(Error::value(op, "one array (B, H, L, D)", "packed words, scales and biases"))
-        }
-    }
 }
 
 /// An optional array of a checked state.

@@ -4,8 +4,8 @@ use super::plan::Growth;
 use super::standard::write;
 use super::tensor::check_update;
 use super::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, STEP, Scheme, State, checked_fields,
-    count_field, mask, nothing_yet, settle,
+    Cache, Checkpoint, KvCache, KvTensor, LayerCache, MaskMode, STEP, Scheme, State, checked_fields, count_field, mask,
+    nothing_yet, settle,
 };
 use crate::array::{Array, Dtype};
 #[cfg(doc)]
@@ -95,17 +95,10 @@ impl LayerCache for QuantizedKvCache {
     }
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
-        match checkpoint.0 {
-            CheckpointKind::Offset(offset) => {
-                self.offset = offset;
-                settle(self.keys.iter_mut().chain(&mut self.values).flat_map(KvTensor::arrays_mut));
-            }
-            CheckpointKind::Whole(cache) => {
-                if let Cache::Quantized(cache) = *cache {
-                    *self = cache;
-                }
-            }
-            CheckpointKind::Children(_) => {}
+        let whole = |cache| if let Cache::Quantized(cache) = cache { Some(cache) } else { None };
+        if let Some(offset) = checkpoint.put_back(self, whole) {
+            self.offset = offset;
+            settle(self.keys.iter_mut().chain(&mut self.values).flat_map(KvTensor::arrays_mut));
         }
     }
 

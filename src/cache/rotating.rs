@@ -3,8 +3,8 @@
 use super::plan::{Ring, Segment};
 use super::tensor::check_update;
 use super::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, STEP, Scheme, State, checked_fields,
-    count_field, mask, nothing_yet, settle,
+    Cache, Checkpoint, KvCache, KvTensor, LayerCache, MaskMode, STEP, Scheme, State, checked_fields, count_field, mask,
+    nothing_yet, settle,
 };
 use crate::array::Array;
 use crate::error::{Error, Result};
@@ -201,18 +201,11 @@ impl LayerCache for RotatingKvCache {
     }
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
-        match checkpoint.0 {
-            CheckpointKind::Offset(offset) => {
-                settle(self.keys.iter_mut().chain(&mut self.values).flat_map(KvTensor::arrays_mut));
-                let len = self.keys.as_ref().map(KvTensor::len);
-                self.ring = Ring { offset, index: offset, len, ..self.ring };
-            }
-            CheckpointKind::Whole(cache) => {
-                if let Cache::Rotating(cache) = *cache {
-                    *self = cache;
-                }
-            }
-            CheckpointKind::Children(_) => {}
+        let whole = |cache| if let Cache::Rotating(cache) = cache { Some(cache) } else { None };
+        if let Some(offset) = checkpoint.put_back(self, whole) {
+            settle(self.keys.iter_mut().chain(&mut self.values).flat_map(KvTensor::arrays_mut));
+            let len = self.keys.as_ref().map(KvTensor::len);
+            self.ring = Ring { offset, index: offset, len, ..self.ring };
         }
     }
 

@@ -3,8 +3,8 @@
 use super::plan::Growth;
 use super::tensor::{check_update, zero_rows};
 use super::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, QuantizedKvCache, STEP, State,
-    array_field, array_state, checked_fields, count_field, dense, mask, nothing_yet, settle,
+    Cache, Checkpoint, KvCache, KvTensor, LayerCache, MaskMode, QuantizedKvCache, STEP, State, array_field,
+    array_state, checked_fields, count_field, dense, mask, nothing_yet, settle,
 };
 use crate::array::{Array, Dtype};
 use crate::error::Result;
@@ -107,17 +107,10 @@ impl LayerCache for StandardKvCache {
     }
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
-        match checkpoint.0 {
-            CheckpointKind::Offset(offset) => {
-                self.offset = offset;
-                settle(self.keys.iter_mut().chain(&mut self.values));
-            }
-            CheckpointKind::Whole(cache) => {
-                if let Cache::Standard(cache) = *cache {
-                    *self = cache;
-                }
-            }
-            CheckpointKind::Children(_) => {}
+        let whole = |cache| if let Cache::Standard(cache) = cache { Some(cache) } else { None };
+        if let Some(offset) = checkpoint.put_back(self, whole) {
+            self.offset = offset;
+            settle(self.keys.iter_mut().chain(&mut self.values));
         }
     }
 
@@ -144,23 +137,7 @@ impl KvCache for StandardKvCache {
         Ok(seen)
     }
 
-    fn keys(&self) -> Option<KvTensor> {
-        self.keys.clone().map(KvTensor::Dense)
-    }
-
-    fn values(&self) -> Option<KvTensor> {
-        self.values.clone().map(KvTensor::Dense)
-    }
-
-    fn set_keys(&mut self, keys: Option<KvTensor>) -> Result<()> {
-        self.keys = dense("keys", keys)?;
-        Ok(())
-    }
-
-    fn set_values(&mut self, values: Option<KvTensor>) -> Result<()> {
-        self.values = dense("values", values)?;
-        Ok(())
-    }
+    dense::buffers!();
 
     fn keys_and_values(&self) -> Result<(KvTensor, KvTensor)> {
         match (&self.keys, &self.values) {

@@ -154,6 +154,20 @@ impl Checkpoint {
         }
         Self(CheckpointKind::Offset(cache.offset()))
     }
+
+    /// Puts back a `cache` that was kept whole, if `of` finds it to be of this class; else gives the offset to go back to.
+    pub(super) fn put_back<C>(self, cache: &mut C, of: impl FnOnce(Cache) -> Option<C>) -> Option<usize> {
+        match self.0 {
+            CheckpointKind::Offset(offset) => return Some(offset),
+            CheckpointKind::Whole(whole) => {
+                if let Some(whole) = of(*whole) {
+                    *cache = whole;
+                }
+            }
+            CheckpointKind::Children(_) => {}
+        }
+        None
+    }
 }
 
 /// Takes updates that were never computed off the buffers: these may hold on to what failed. If some buffers had grown

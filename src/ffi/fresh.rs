@@ -22,12 +22,14 @@ impl FreshHandle {
         error_handler::install();
         let mut data = std::ptr::null_mut();
         // SAFETY: shape has the length that is passed; `data` is an out-parameter.
-        let raw = unsafe { raw::mlxrs_host_array(shape.as_ptr(), shape.len() as c_int, dtype, &raw mut data) };
+        let raw = unsafe { raw::mlxrs_host_array(shape.as_ptr(), shape.len() as c_int, dtype, n_bytes, &raw mut data) };
         if raw.ctx.is_null() {
             return Err(error_handler::last_error(op));
         }
         // SAFETY: just made for us.
         let handle = unsafe { ArrayHandle::own(raw) };
+        // SAFETY: a live array.
+        debug_assert_eq!(unsafe { raw::mlx_array_nbytes(handle.raw()) }, n_bytes);
         let fresh = Self { handle, data: data.cast(), n_bytes };
         fresh.advise();
         Ok(fresh)

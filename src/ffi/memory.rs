@@ -32,6 +32,15 @@ pub(crate) fn limit() -> Result<usize> {
     read("memory_limit", raw::mlx_get_memory_limit)
 }
 
+/// Sets how many bytes of buffers may be kept for the next arrays, and gives what was set before. Waits for what CPU
+/// streams compute now; kept buffers beyond `bytes` are returned to the system, the oldest first.
+pub(crate) fn set_cache_limit(bytes: usize) -> Result<usize> {
+    let mut before = 0;
+    // SAFETY: writes one number through a pointer to a local; MLX locks its allocator.
+    check("set_cache_limit", unsafe { raw::mlx_set_cache_limit(&raw mut before, bytes) })?;
+    Ok(before)
+}
+
 /// Starts counting the peak anew.
 pub(crate) fn reset_peak() -> Result<()> {
     // SAFETY: takes nothing.

@@ -74,12 +74,17 @@ pub(crate) fn mlx_version() -> String {
     unsafe { CStr::from_ptr(raw::mlxrs_mlx_version()) }.to_string_lossy().into_owned()
 }
 
-/// True if arrays live on a CUDA device by default: host reads would move them off it.
-pub(crate) fn on_cuda() -> bool {
+/// True if MLX has a CUDA device, whose allocator then serves all arrays.
+pub(crate) fn has_cuda() -> bool {
     let mut available = false;
     // SAFETY: writes one bool through a pointer to a local.
     let status = unsafe { raw::mlx_cuda_is_available(&raw mut available) };
-    status == 0 && available && default_device().is_some_and(|(kind, _)| kind == mlx_device_type_::MLX_GPU)
+    status == 0 && available
+}
+
+/// True if arrays live on a CUDA device by default: host reads would move them off it.
+pub(crate) fn on_cuda() -> bool {
+    has_cuda() && default_device().is_some_and(|(kind, _)| kind == mlx_device_type_::MLX_GPU)
 }
 
 /// Kind and index of this thread's default device.

@@ -71,6 +71,23 @@ def restored_seconds(side: str, file: Path, **options: object) -> float:
     return seconds(lambda: workload.restore(side, file, **options))
 
 
+@contextmanager
+def restores(files: dict[str, Path]) -> Iterator[dict[str, Callable[[], float]]]:
+    """Give one restore of each side. On a CPU mlx-lm has its own process: what ours has MLX keep would serve it too."""
+    sides = {side: lambda side=side: restored_seconds(side, files[side]) for side in (OURS, THEIRS)}
+    if machine.on_gpu():
+        yield sides
+        return
+    with child(THEIRS) as theirs:
+        sides[THEIRS] = lambda: theirs.ask(do="restore", file=str(files[THEIRS]))["seconds"]
+        yield sides
+
+
+def child(side: str) -> Child:
+    shape = workload.SMOLLM2.as_dict()
+    return Child(side=side, n_tokens=0, do="files", device=machine.device(), shape=shape, filled=False)
+
+
 def run(report: Report) -> None:
     shape, n_tokens = main_shape(report)
     with tempfile.TemporaryDirectory() as name:
@@ -94,8 +111,7 @@ def run(report: Report) -> None:
 
 
 def from_page_cache(report: Report, files: dict[str, Path], n_bytes: int, what: str) -> None:
-    with limit_of(report, files[OURS].stat().st_size) as (limit, plain):
-        sides = {side: lambda side=side: restored_seconds(side, files[side]) for side in files}
+    with limit_of(report, files[OURS].stat().st_size) as (limit, plain), restores(files) as sides:
         sides[LIMIT] = lambda: seconds(lambda: plain(files[OURS]))
         pool = limits.Pool(min(os.cpu_count() or 1, 8))
         if not machine.on_gpu():
@@ -103,8 +119,22 @@ def from_page_cache(report: Report, files: dict[str, Path], n_bytes: int, what: 
         for sample in sides.values():  # what the first one pays is another row
             sample()
         samples = report.in_turns(sides, RUNS, 30)
+        note = "" if machine.on_gpu() else _faults(sides)
         pool.close()
-    report.add(Row("restore", f"{what}, page cache", "s", samples, limit=limit, n_bytes=n_bytes))
+    report.add(Row("restore", f"{what}, page cache", "s", samples, limit=limit, n_bytes=n_bytes, note=note))
+
+
+def _faults(sides: dict[str, Callable[[], object]]) -> str:
+    """Tell how often each side has the kernel find memory for it: times on a busy box hide that, counts do not."""
+
+    def count(sample: Callable[[], object]) -> int:
+        before = machine.page_faults()
+        sample()
+        return machine.page_faults() - before
+
+    here = {side: sample for side, sample in sides.items() if side != THEIRS}
+    counts = {side: min(count(sample) for _ in range(2)) for side, sample in here.items()}
+    return "page faults: " + ", ".join(f"{side} {n:,}" for side, n in counts.items())
 
 
 def lazy(report: Report, files: dict[str, Path], n_bytes: int, what: str) -> None:
@@ -134,32 +164,37 @@ def lazy(report: Report, files: dict[str, Path], n_bytes: int, what: str) -> Non
 
 def first(report: Report, files: dict[str, Path], n_bytes: int, what: str) -> None:
     """Of a process; on CUDA it pins its buffers then."""
-    task = {"do": "files", "device": machine.device(), "shape": workload.SMOLLM2.as_dict(), "filled": False}
 
     def fresh(side: str) -> float:
-        with Child(side=side, n_tokens=0, **task) as child:
-            return child.ask(do="restore", file=str(files[side]))["seconds"]
+        with child(side) as process:
+            return process.ask(do="restore", file=str(files[side]))["seconds"]
 
-    samples = report.in_turns({side: lambda side=side: fresh(side) for side in files}, 3, 30)
-    report.add(Row("restore", f"{what}, page cache, first of a process", "s", samples, n_bytes=n_bytes))
+    sides = {side: lambda side=side: fresh(side) for side in files}
+    pool = limits.Pool(min(os.cpu_count() or 1, 8))
+    limit = ""
+    if not machine.on_gpu():
+        limit = f"{pool.n_threads} threads read into new memory"
+        sides[LIMIT] = lambda: seconds(lambda: limits.read_fresh(pool, files[OURS]))
+    samples = report.in_turns(sides, 5, 30)
+    pool.close()
+    name = f"{what}, page cache, first of a process"
+    report.add(Row("restore", name, "s", samples, limit=limit, n_bytes=n_bytes))
 
 
 def cold(report: Report, files: dict[str, Path], n_bytes: int, what: str) -> None:
     left: list[float] = []
 
-    def dropped(file: Path, function: Callable[[], object]) -> float:
+    def dropped(file: Path, sample: Callable[[], float]) -> float:
         left.append(limits.drop_from_page_cache(file))
-        mx.synchronize()
-        return seconds(function)
+        return sample()
 
     pool = limits.Pool(8)
     space = limits.memory(files[OURS].stat().st_size)
     view = memoryview(space)
-    sides: dict[str, Callable[[], float]] = {
-        side: lambda side=side: dropped(files[side], lambda: workload.restore(side, files[side])) for side in files
-    }
-    sides[LIMIT] = lambda: dropped(files[OURS], lambda: limits.read_into(pool, files[OURS], view))
-    samples = report.in_turns(sides, 4, 20)
+    with restores(files) as warm:
+        sides = {side: lambda side=side: dropped(files[side], warm[side]) for side in files}
+        sides[LIMIT] = lambda: dropped(files[OURS], lambda: seconds(lambda: limits.read_into(pool, files[OURS], view)))
+        samples = report.in_turns(sides, 4, 20)
     view.release()
     pool.close()
     note = f"of the files, {max(left):.0%} at most was still cached" if max(left) == max(left) else "not checked"
@@ -175,8 +210,7 @@ def by_length(report: Report, n_tokens: int) -> None:
         workload.save(OURS, file, workload.filled(OURS, shape, n_tokens), durable=False)
         workload.tidy()
         limits.settle(file)
-        with limit_of(report, file.stat().st_size) as (limit, plain):
-            sides = {side: lambda side=side: restored_seconds(side, file) for side in (OURS, THEIRS)}
+        with limit_of(report, file.stat().st_size) as (limit, plain), restores({OURS: file, THEIRS: file}) as sides:
             sides[LIMIT] = lambda: seconds(lambda: plain(file))
             samples = report.in_turns(sides, 8 if n_tokens < 65_536 else 3, 12)
     name = f"{n_tokens:,} tokens of {shape.name}, page cache"

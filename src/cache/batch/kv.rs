@@ -5,8 +5,8 @@ use super::{BatchCache, check_assigned, check_indices, check_padding, not_finali
 use crate::array::Array;
 use crate::cache::plan::{Growth, Sequences, choose};
 use crate::cache::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, QuantizedKvCache, STEP, Scheme,
-    StandardKvCache, State, checked_fields, count_field, mask,
+    Cache, Checkpoint, KvCache, KvTensor, LayerCache, MaskMode, QuantizedKvCache, STEP, Scheme, StandardKvCache, State,
+    checked_fields, count_field, mask,
 };
 use crate::error::{Error, Result};
 
@@ -99,11 +99,7 @@ impl LayerCache for BatchKvCache {
     }
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
-        if let CheckpointKind::Whole(cache) = checkpoint.0
-            && let Cache::Batch(cache) = *cache
-        {
-            *self = cache;
-        }
+        checkpoint.put_back(self, |cache| if let Cache::Batch(cache) = cache { Some(cache) } else { None });
     }
 
     fn copy(&self) -> Cache {

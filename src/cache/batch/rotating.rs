@@ -5,8 +5,8 @@ use super::{BatchCache, check_assigned, check_indices, check_padding, not_finali
 use crate::array::Array;
 use crate::cache::plan::{BatchRing, Sequences, choose};
 use crate::cache::{
-    Cache, Checkpoint, CheckpointKind, KvCache, KvTensor, LayerCache, MaskMode, RotatingKvCache, STEP, State,
-    checked_fields, count_field, mask,
+    Cache, Checkpoint, KvCache, KvTensor, LayerCache, MaskMode, RotatingKvCache, STEP, State, checked_fields,
+    count_field, mask,
 };
 use crate::error::{Error, Result};
 
@@ -188,11 +188,7 @@ impl LayerCache for BatchRotatingKvCache {
     }
 
     fn rollback(&mut self, checkpoint: Checkpoint) {
-        if let CheckpointKind::Whole(cache) = checkpoint.0
-            && let Cache::BatchRotating(cache) = *cache
-        {
-            *self = cache;
-        }
+        checkpoint.put_back(self, |cache| if let Cache::BatchRotating(cache) = cache { Some(cache) } else { None });
     }
 
     fn copy(&self) -> Cache {

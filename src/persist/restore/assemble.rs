@@ -200,8 +200,8 @@ fn shared<J: Send, S>(
 }
 
 fn on_host(reader: &Reader<'_>, assemblies: &[Assembly], threads: NonZero<usize>) -> Result<Vec<Array>, Damage> {
-    let buffers = assemblies.iter().map(|assembly| HostBuffer::new(&assembly.shape, assembly.dtype));
-    let mut buffers = buffers.collect::<Result<Vec<_>>>()?;
+    let shapes = assemblies.iter().map(|assembly| (assembly.shape.as_slice(), assembly.dtype));
+    let mut buffers = HostBuffer::many("restore", shapes)?;
     // A buffer is one thread's alone: its pieces interleave, head by head.
     let jobs: Vec<_> = buffers.iter_mut().map(HostBuffer::bytes).zip(assemblies).collect();
     let work = |scratch: &mut Vec<u8>, (memory, assembly): (&mut [MaybeUninit<u8>], &Assembly)| {

@@ -1,7 +1,7 @@
 //! Into host memory that MLX adopts, straight to each row's place.
 
-use super::Target;
 use super::plan::Span;
+use super::{LOAD, Target};
 use crate::array::{Array, HostBuffer};
 use crate::error::Result;
 use crate::persist::reader::Data;
@@ -19,8 +19,8 @@ struct Job<'a> {
 }
 
 pub(super) fn read(data: &Data, targets: &[Target], threads: NonZero<usize>) -> Result<Vec<Array>> {
-    let buffers = targets.iter().map(|target| HostBuffer::new(&target.shape, target.dtype));
-    let mut buffers = buffers.collect::<Result<Vec<_>>>()?;
+    let shapes = targets.iter().map(|target| (target.shape.as_slice(), target.dtype));
+    let mut buffers = HostBuffer::many(LOAD, shapes)?;
     let mut jobs = Vec::new();
     for (buffer, target) in buffers.iter_mut().zip(targets) {
         let mut rest = buffer.bytes();
