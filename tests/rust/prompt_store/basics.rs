@@ -2,7 +2,7 @@
 
 use super::common::*;
 use mlxrs_py::Error;
-use mlxrs_py::store::prompt_store::{DiskState, Options, PromptStore, RecordKind, Tier, Wanted};
+use mlxrs_py::store::prompt_store::{DiskState, Options, PromptStore, RecordInfo, RecordKind, Tier, Wanted};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
@@ -43,6 +43,36 @@ fn of_many_continuations_the_nearest_is_found() {
             let query: Vec<u32> = (0..last).chain([100 + last, 300, 7, 7, 7]).collect();
             assert_eq!(restore(store, &space(1), &query).0, last as usize + 1, "{query:?}");
         }
+    });
+}
+
+#[test]
+fn rows_that_lack_some_hide_none_that_have_them() {
+    both(|store, _| {
+        let a = tokens(&[(1, 20)]);
+        let add = |covered: &[u32], grid, complete_from| {
+            let mut new = record(&space(1), covered, RecordKind::Rows, 0, covered.len(), 16);
+            (new.grid, new.complete_from) = (grid, complete_from);
+            put(store, &space(1), covered, vec![new]);
+        };
+        let ends = |partials: Vec<RecordInfo>| partials.iter().map(|partial| partial.end).collect::<Vec<_>>();
+        add(&a[..3], 16, 0);
+        add(&a[..5], 0, 0);
+        add(&a[..6], 0, 4);
+        add(&a[..7], 0, 6);
+        for other in 0..40 {
+            add(&[&a[..6], &[500 + other]].concat(), 0, 5);
+        }
+        // Most tokens, then those that lack less, all of them, and those on a grid.
+        assert_eq!(ends(store.find(&space(1), &a[..7]).partials), [7, 6, 5, 3]);
+        // What serves an end in the middle of others is there though they have as many tokens in common.
+        let partials = store.find(&space(1), &[&a[..6], &[7000]].concat()).partials;
+        assert_eq!(partials.iter().map(|partial| partial.complete_from).collect::<Vec<_>>(), [4, 0, 0]);
+        add(&a[..8], 0, 7);
+        let found = store.find(&space(1), &a);
+        assert_eq!((found.blocks.len(), found.partials.len()), (1, 0));
+        assert_eq!(ends(store.find_partials(&space(1), &a, &[])), [8, 7, 6, 5, 3], "in the block's place");
+        assert_eq!(ends(store.find_partials(&space(1), &a, &found.blocks)), [0; 0]);
     });
 }
 

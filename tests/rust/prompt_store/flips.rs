@@ -68,10 +68,10 @@ fn every_flipped_bit_of_a_record_is_found() {
 /// Whether `now` says nothing that `whole` does not say.
 fn agrees(now: &Found, whole: &Found) -> bool {
     let is_known = |state| whole.states.contains(state);
-    let whole_rows: Vec<_> = whole.blocks.iter().chain(&whole.partial).collect();
+    let whole_rows: Vec<_> = whole.blocks.iter().chain(&whole.partials).collect();
     let is_start = now.blocks.iter().zip(&whole.blocks).all(|(a, b)| a == b) && now.blocks.len() <= whole.blocks.len();
     // With blocks missing, the next one serves as the nearest; a block then differs from what was whole in nothing.
-    let partial = now.partial.as_ref().is_none_or(|partial| {
+    let partial = now.partials.iter().all(|partial| {
         whole_rows.iter().any(|row| {
             let mut row = (*row).clone();
             row.n_common = partial.n_common;
