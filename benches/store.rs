@@ -35,7 +35,7 @@ fn find(criterion: &mut Criterion) {
         for n_prompts in [10, 10_000] {
             let folder = tempfile::tempdir().unwrap();
             let path = on_disk.then(|| folder.path().join("store"));
-            let options = Options { path, ram_bytes: 4 << 30, disk_bytes: 64 << 30, ..Options::default() };
+            let options = Options { path, ram_bytes: 4 << 30, disk_bytes: Some(64 << 30), ..Options::default() };
             let store = PromptStore::open(options).unwrap();
             let mut handles = vec![store.put(&SPACE, &long, rows(&long))];
             for other in 1..=n_prompts {

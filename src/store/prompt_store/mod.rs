@@ -28,7 +28,7 @@ pub use found::{DiskState, Found, Listed, RecordInfo, Stats, Tier, Verified};
 pub use handle::{PutHandle, PutReport};
 pub use key::{RecordId, Space};
 pub use open_record::{OpenRecord, RecordTensor};
-pub use options::Options;
+pub use options::{DISK_BYTES, Options};
 pub use record::{NewRecord, NewTensor, RecordKind, Wanted, checksum};
 
 use crate::error::{Error, Result};
@@ -73,7 +73,7 @@ impl PromptStore {
             let got = options.block_tokens;
             return Err(Error::value("open a prompt store", format!("blocks of 2 to {} tokens", 1 << 20), got));
         }
-        let is_off = options.disk_bytes == 0 || std::env::var_os(SWITCH).is_some_and(|switch| switch == "off");
+        let is_off = options.disk_bytes == Some(0) || std::env::var_os(SWITCH).is_some_and(|switch| switch == "off");
         let path = options.path.as_ref().filter(|_| !is_off);
         let disk = path.map(|path| Disk::open(&options, path)).transpose()?;
         let shared = Arc::new(Shared::new(options.block_tokens, Ram::new(options.ram_bytes), disk.clone()));

@@ -22,7 +22,7 @@ pub fn options(path: Option<&Path>) -> Options {
     Options {
         path: path.map(Path::to_owned),
         ram_bytes: 64 << 20,
-        disk_bytes: 64 << 20,
+        disk_bytes: Some(64 << 20),
         block_tokens: BLOCK,
         ..Options::default()
     }

@@ -126,7 +126,7 @@ impl Run {
 
     fn open(&mut self) {
         let path = Some(self.root.as_path());
-        let options = Options { disk_bytes: LIMIT, ram_bytes: 4 << 20, ..options(path) };
+        let options = Options { disk_bytes: Some(LIMIT), ram_bytes: 4 << 20, ..options(path) };
         self.store = Some(PromptStore::open(options).unwrap());
         (self.n_evicted, self.n_gone) = (0, 0);
     }

@@ -147,8 +147,8 @@ impl Disk {
     fn ready(&self, put: u64, ((record, size), frame): ((Arc<Record>, u64), Frame)) -> Ready {
         let entry = Entry { nonce: room::nonce(), ..record.entry.clone() };
         let row = Row { entry, size, is_pinned: false };
-        let name = format!("{}-{put}-{:016x}.tmp", self.owner_name(), row.entry.nonce);
-        Ready { record, frame, row, temporary: self.folder.temporaries().join(name) }
+        let temporary = self.folder.temporaries().join(self.temporary_name(put, row.entry.nonce));
+        Ready { record, frame, row, temporary }
     }
 
     fn write_ready(&self, put: u64, batch: &[Ready]) -> Result<()> {
