@@ -853,7 +853,7 @@ class PromptStore:
         path: str | PathLike[str] | None,
         *,
         ram_bytes: int,
-        disk_bytes: int,
+        disk_bytes: int | None,
         block_tokens: int,
         write_bytes_per_day: int | None,
         read_only: bool,

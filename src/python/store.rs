@@ -71,7 +71,7 @@ impl PyPromptStore {
         py: Python<'_>,
         path: Option<PathBuf>,
         ram_bytes: u64,
-        disk_bytes: u64,
+        disk_bytes: Option<u64>,
         block_tokens: usize,
         write_bytes_per_day: Option<u64>,
         read_only: bool,

@@ -123,6 +123,41 @@ def test_every_class_with_rows_comes_back_as_it_was(store, name):
         assert leaves([logits[0]]) == leaves([logits[1]])
 
 
+def test_a_longer_record_without_all_rows_of_a_window_hides_no_shorter_one(store):
+    model = Hooked(lambda: RotatingKVCache(max_size=8))
+    view = store.view(model)
+    _, caches, _ = run(view, model, PROMPT[:10])
+    # Token by token a ring holds its window alone: none of these can be cut before its end.
+    longer = model.make_cache()
+    for n, token in enumerate(PROMPT[:BLOCK], start=1):
+        model(mx.array([[token]]), cache=longer)
+        if n in (14, BLOCK):
+            view.put(PROMPT[:n], longer).result()
+            restored, n_tokens = view.restore([*PROMPT[:12], 60, 60])
+            assert n_tokens == view.lookup([*PROMPT[:12], 60, 60]).n_tokens == 10
+            # One token less than there is.
+            assert view.restore(PROMPT[:n])[1] == (10 if n == 14 else 14)
+            assert view.restore(PROMPT[: n + 1])[1] == n
+    for _ in range(12):
+        logits = [model(mx.array([[5]]), cache=each) for each in (caches, restored)]
+        assert leaves([logits[0]]) == leaves([logits[1]])
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_what_is_damaged_ends_a_restore_there(tmp_path, read_only):
+    model = TinyModel()
+    with make_store(path=tmp_path, disk_bytes=1 << 30) as store:
+        run(store.view(model), model, PROMPT)
+        second = store.ls()[1]["id"]
+    (file,) = tmp_path.glob(f"records/{second}-*")
+    with file.open("r+b") as bytes_of_it:
+        bytes_of_it.seek(-40, os.SEEK_END)
+        bytes_of_it.write(b"damaged!")
+    with make_store(path=tmp_path, disk_bytes=1 << 30, read_only=read_only) as store:
+        for _ in range(2):
+            assert store.view(model).restore(PROMPT)[1] == BLOCK
+
+
 @pytest.mark.parametrize("name", [n for n in MAKERS if n.startswith("Batch")])
 def test_a_batch_is_refused(store, name):
     with pytest.raises(ValueError, match="expected caches of one sequence, got Batch"):

@@ -88,6 +88,28 @@ def test_what_is_pinned_stays_when_room_is_made(folder, capsys):
     assert code == 1 and "00" in err
 
 
+@pytest.mark.parametrize("action", ["ls", "stats", "verify"])
+def test_looking_at_a_store_takes_nothing_out(action, folder, capsys):
+    with mlxrs_py.PromptStore(folder, disk_bytes=3 << 20) as store:
+        before = [record["id"] for record in store.ls()]
+    # A limit that the store is beyond, as one that was put there by hand.
+    (folder / "limit").write_text(str(2 << 20))
+    facts = as_json(capsys, action, "--store", folder)
+    if action == "stats":
+        assert facts["disk_limit"] == 2 << 20
+    with mlxrs_py.PromptStore(folder, read_only=True) as store:
+        assert [record["id"] for record in store.ls()] == before
+
+
+def test_a_store_keeps_its_limit(folder, capsys):
+    assert as_json(capsys, "stats", "--store", folder)["disk_limit"] == 32 << 30
+    mlxrs_py.PromptStore(folder, disk_bytes=3 << 20).close()
+    assert as_json(capsys, "stats", "--store", folder)["disk_limit"] == 3 << 20
+    with mlxrs_py.PromptStore(folder) as store:
+        assert store.stats()["disk_limit"] == 3 << 20
+    assert as_json(capsys, "prune", "--store", folder) == {"bytes": 0}
+
+
 def test_clear_asks_first(folder, capsys):
     before = as_json(capsys, "ls", "--store", folder)
     code, _, err = run(capsys, "clear", "--store", folder)

@@ -38,9 +38,8 @@ def add_store_bytes(group: Any) -> None:
     group.add_argument(
         "--store-bytes",
         type=size,
-        default=32 << 30,
         metavar="N",
-        help="the store stays below; 500MB and 20GB are understood (default: 32GiB)",
+        help="the store stays below, from now on; 500MB and 20GB are understood (default: as before, or 32GiB)",
     )
 
 

@@ -20,14 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["add"]
 
-#: Looking at a store does not make it smaller, whatever limit its users have.
-_NO_LIMIT = 1 << 62
-
 #: What ``stats`` and ``verify`` count in bytes.
-_BYTES = {"bytes", "disk_bytes", "written_today"}
+_BYTES = {"bytes", "disk_bytes", "disk_limit", "written_today"}
 
 #: Numbers that do not begin at 0 with each process that opens the store.
-_OF_ALL_PROCESSES = ("disk_records", "disk_bytes", "quarantined", "written_today")
+_OF_ALL_PROCESSES = ("disk_records", "disk_bytes", "disk_limit", "quarantined", "written_today")
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -54,7 +51,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     verify = action("verify", _verify, "check every byte", " The exit code is 1 if anything is wrong.")
     verify.add_argument("--repair", action="store_true", help="set damaged records aside, and make the index right")
     prune = action("prune", _prune, "remove what dead programs left, and what was used longest ago", " Pins stay.")
-    prune.add_argument("--to", type=models.size, metavar="N", help="bytes that may stay, such as 20GB (default: all)")
+    prune.add_argument(
+        "--to", type=models.size, metavar="N", help="bytes that may stay, such as 20GB (default: the store's limit)"
+    )
     for name, run, text in (
         ("pin", _pin, "keep a record, and those that it goes on, from being taken out"),
         ("unpin", _unpin, "let them be taken out again"),
@@ -65,14 +64,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _opened(arguments: argparse.Namespace) -> PromptStore:
-    """Open a store that is there: looking at one does not make it."""
+    """Open a store that is there, with its own limit: looking at one neither makes it nor makes it smaller."""
     from mlxrs_py.store import PromptStore
     from mlxrs_py.store.prompt_store import default_path
 
     folder = default_path() if arguments.store is None else Path(arguments.store)
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-    return PromptStore(folder, disk_bytes=_NO_LIMIT)
+    return PromptStore(folder)
 
 
 def _ls(arguments: argparse.Namespace) -> int:

@@ -62,7 +62,8 @@ class PromptStore:
     Args:
         path: Folder, made with mode 0700 if it is missing; by default one in the platform's cache folder.
         ram_bytes: Memory for records that wait to be written, and, without a disk, for all.
-        disk_bytes: Everything in the folder stays below it; 0 keeps all in memory.
+        disk_bytes: Everything in the folder stays below it; 0 keeps all in memory. By default the limit that the folder
+            was given last, or else 32 GiB. One that is given takes effect at once: what is beyond goes.
         block_tokens: Tokens of a block.
         write_bytes_per_day: Most bytes written in a day, over restarts too; what is beyond is not stored.
         read_only: Only what is there is restored.
@@ -80,16 +81,16 @@ class PromptStore:
         path: str | os.PathLike[str] | None = None,
         *,
         ram_bytes: int = 2 << 30,
-        disk_bytes: int = 32 << 30,
+        disk_bytes: int | None = None,
         block_tokens: int = 256,
         write_bytes_per_day: int | None = None,
         read_only: bool = False,
         allow_network: bool = False,
     ) -> None:
         for name, value in (("ram_bytes", ram_bytes), ("disk_bytes", disk_bytes), ("block_tokens", block_tokens)):
-            if value < (least := 2 if name == "block_tokens" else 0):
+            if value is not None and value < (least := 2 if name == "block_tokens" else 0):
                 raise ValueError(f"PromptStore: expected {name} of at least {least}, got {value}")
-        on_disk = disk_bytes > 0 and os.environ.get(_SWITCH, "").lower() not in ("off", "0", "false")
+        on_disk = disk_bytes != 0 and os.environ.get(_SWITCH, "").lower() not in ("off", "0", "false")
         #: The folder; None if all is in memory.
         self.path = (Path(path) if path is not None else default_path()) if on_disk else None
         self._core = _core.PromptStore(
@@ -181,6 +182,9 @@ class PromptStore:
 
     def prune(self, n_bytes: int | None = None) -> int:
         """Remove what dead processes left, and the least recently used until ``n_bytes`` are left.
+
+        Args:
+            n_bytes: By default the limit.
 
         Returns:
             The bytes that were freed.

@@ -62,9 +62,10 @@ impl RecordInfo {
 pub struct Found {
     /// Full blocks from token 0 on, without a gap.
     pub blocks: Vec<RecordInfo>,
-    /// The record after the last of `blocks` that has most tokens in common with the rest of the query, at least one: a
-    /// tail, or a full block that goes on differently or longer.
-    pub partial: Option<RecordInfo>,
+    /// Records after the last of `blocks` that have most tokens in common with the rest of the query, at least one: tails,
+    /// or full blocks that go on differently or longer. The longest first; each of the others has more rows of windowed
+    /// layers than those before it, or is on a grid of its own.
+    pub partials: Vec<RecordInfo>,
     /// States at boundaries of the query, all of whose tokens are the query's; the deepest first.
     pub states: Vec<RecordInfo>,
 }

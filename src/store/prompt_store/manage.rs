@@ -75,8 +75,8 @@ impl PromptStore {
         self.check(op)?;
         self.shared.settle();
         let found = self.ask(|trees| walk::find(trees, space, tokens, self.options.block_tokens));
-        let partial = found.partial.filter(|partial| partial.n_common == partial.end - partial.start);
-        let records: Vec<RecordInfo> = found.blocks.into_iter().chain(partial).chain(found.states).collect();
+        let partials = found.partials.into_iter().filter(|partial| partial.n_common == partial.end - partial.start);
+        let records: Vec<RecordInfo> = found.blocks.into_iter().chain(partials).chain(found.states).collect();
         let mut ram = self.ram();
         let n_in_memory = records.iter().filter(|record| ram.set_pinned(&record.id, is_pinned)).count();
         drop(ram);

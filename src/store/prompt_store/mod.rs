@@ -28,18 +28,18 @@ pub use found::{DiskState, Found, Listed, RecordInfo, Stats, Tier, Verified};
 pub use handle::{PutHandle, PutReport};
 pub use key::{RecordId, Space};
 pub use open_record::{OpenRecord, RecordTensor};
-pub use options::Options;
+pub use options::{DISK_BYTES, Options};
 pub use record::{NewRecord, NewTensor, RecordKind, Wanted, checksum};
 
 use crate::error::{Error, Result};
 use disk::Disk;
 use queue::{Job, Shared};
 use ram::Ram;
-use record::{Entry, Record};
+use record::{Class, Entry, Record};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use walk::{Chain, Tree};
+use walk::{Chain, Spot, Tree};
 
 /// Tokens of a full block, unless the options say otherwise.
 pub const BLOCK_TOKENS: usize = 256;
@@ -73,7 +73,7 @@ impl PromptStore {
             let got = options.block_tokens;
             return Err(Error::value("open a prompt store", format!("blocks of 2 to {} tokens", 1 << 20), got));
         }
-        let is_off = options.disk_bytes == 0 || std::env::var_os(SWITCH).is_some_and(|switch| switch == "off");
+        let is_off = options.disk_bytes == Some(0) || std::env::var_os(SWITCH).is_some_and(|switch| switch == "off");
         let path = options.path.as_ref().filter(|_| !is_off);
         let disk = path.map(|path| Disk::open(&options, path)).transpose()?;
         let shared = Arc::new(Shared::new(options.block_tokens, Ram::new(options.ram_bytes), disk.clone()));
@@ -123,9 +123,18 @@ impl PromptStore {
             return Found::default();
         }
         let found = self.ask(|trees| walk::find(trees, space, tokens, self.options.block_tokens));
-        let is_hit = !found.blocks.is_empty() || found.partial.is_some() || !found.states.is_empty();
+        let is_hit = !found.blocks.is_empty() || !found.partials.is_empty() || !found.states.is_empty();
         (if is_hit { &self.n_hits } else { &self.n_misses }).fetch_add(1, Ordering::Relaxed);
         found
+    }
+
+    /// Rows that go on from the first `blocks` of what was found for `tokens`, as [`Found::partials`] has them: for whoever
+    /// has no use for the next block, since it lacks rows or was computed in other windows.
+    pub fn find_partials(&self, space: &Space, tokens: &[u32], blocks: &[RecordInfo]) -> Vec<RecordInfo> {
+        if self.check("find_partials").is_err() {
+            return Vec::new();
+        }
+        self.ask(|trees| walk::partials(trees, &Spot::after(space, tokens, blocks, self.options.block_tokens)))
     }
 
     /// Opens records that were found. Each is checked against what was found; None for one that is gone or not what it
@@ -311,12 +320,12 @@ impl Tree for SharedRam<'_> {
         lock(self.0).get(id)
     }
 
-    fn at_or_before(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>> {
-        lock(self.0).at_or_before(parent, kind, tokens)
+    fn at_or_before(&self, parent: &RecordId, class: Class, tokens: &[u32]) -> Option<Arc<Entry>> {
+        lock(self.0).at_or_before(parent, class, tokens)
     }
 
-    fn after(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>> {
-        lock(self.0).after(parent, kind, tokens)
+    fn after(&self, parent: &RecordId, class: Class, tokens: &[u32]) -> Option<Arc<Entry>> {
+        lock(self.0).after(parent, class, tokens)
     }
 
     fn has_states(&self, space: &Space) -> bool {

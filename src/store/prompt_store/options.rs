@@ -3,6 +3,9 @@
 use super::BLOCK_TOKENS;
 use std::path::PathBuf;
 
+/// What a folder may take that nobody gave a limit.
+pub const DISK_BYTES: u64 = 32 << 30;
+
 /// Where a store lies and how much it may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -10,8 +13,9 @@ pub struct Options {
     pub path: Option<PathBuf>,
     /// Bytes that records in memory may take. Those that wait to be written count, and may be more.
     pub ram_bytes: u64,
-    /// Bytes that the folder may take, all processes together; 0: memory only.
-    pub disk_bytes: u64,
+    /// Bytes that the folder may take, all processes together; the folder keeps it for whoever gives none. 0: memory only.
+    /// None: what the folder keeps, or else [`DISK_BYTES`]; opening then evicts nothing.
+    pub disk_bytes: Option<u64>,
     /// Tokens of a full block.
     pub block_tokens: usize,
     /// Bytes that all processes together may write in a day.
@@ -27,7 +31,7 @@ impl Default for Options {
         Self {
             path: None,
             ram_bytes: 1 << 30,
-            disk_bytes: 16 << 30,
+            disk_bytes: None,
             block_tokens: BLOCK_TOKENS,
             write_bytes_per_day: None,
             read_only: false,

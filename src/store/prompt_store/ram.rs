@@ -2,14 +2,14 @@
 
 use super::found::{Listed, RecordInfo, Tier};
 use super::key::{RecordId, Space};
-use super::record::{Entry, Record, RecordKind};
+use super::record::{Class, Entry, Record, RecordKind};
 use super::thin::{self, Checkpoint};
 use super::walk::{Tree, prefixes};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 /// Place of a record among the others after its parent.
-type Place = (RecordId, RecordKind, Vec<u32>);
+type Place = (RecordId, Class, Vec<u32>);
 
 /// Records under a limit of bytes; leaves of the tree go first, of them the least recently used.
 #[derive(Debug)]
@@ -112,15 +112,18 @@ impl Ram {
         if new.kind != RecordKind::Rows {
             return None;
         }
-        let longer = self.after(&new.parent, RecordKind::Rows, &new.tokens)?;
-        let goes_on = longer.tokens.starts_with(&new.tokens) && is_needless(new, &longer) && serves(&longer);
-        goes_on.then_some(longer.id)
+        let mut longer = Class::ROWS.iter().filter_map(|&class| self.after(&new.parent, class, &new.tokens));
+        let goes_on =
+            |longer: &Arc<Entry>| longer.tokens.starts_with(&new.tokens) && is_needless(new, longer) && serves(longer);
+        longer.find(goes_on).map(|longer| longer.id)
     }
 
     fn supersede(&mut self, new: &Entry) {
         let shorter = &new.tokens[..new.tokens.len() - 1];
-        let tails: Vec<_> = prefixes(&*self, &new.parent, RecordKind::Rows, shorter)
-            .into_iter()
+        let prefixes = |class: &Class| prefixes(&*self, &new.parent, *class, shorter);
+        let tails: Vec<_> = Class::ROWS
+            .iter()
+            .flat_map(prefixes)
             .filter(|tail| !tail.tokens.is_empty() && is_needless(tail, new))
             .map(|tail| tail.id)
             .collect();
@@ -258,13 +261,13 @@ impl Ram {
 
     fn children(&self, id: &RecordId) -> impl Iterator<Item = RecordId> {
         let id = *id;
-        let from = self.places.range((id, RecordKind::Rows, Vec::new())..);
+        let from = self.places.range((id, Class::ROWS[0], Vec::new())..);
         from.take_while(move |(place, _)| place.0 == id).map(|(_, child)| *child)
     }
 }
 
 fn place(entry: &Entry) -> Place {
-    (entry.parent, entry.kind, entry.tokens.clone())
+    (entry.parent, entry.class(), entry.tokens.clone())
 }
 
 /// Whether `new`, which goes on where `tail` ends, has all that `tail` has.
@@ -281,16 +284,16 @@ impl Tree for Ram {
         self.slots.get(id).map(|slot| Arc::clone(&slot.entry))
     }
 
-    fn at_or_before(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>> {
-        let place = (*parent, kind, tokens.to_vec());
+    fn at_or_before(&self, parent: &RecordId, class: Class, tokens: &[u32]) -> Option<Arc<Entry>> {
+        let place = (*parent, class, tokens.to_vec());
         let (place, id) = self.places.range(..=place).next_back()?;
-        (place.0 == *parent && place.1 == kind).then(|| self.get(id))?
+        (place.0 == *parent && place.1 == class).then(|| self.get(id))?
     }
 
-    fn after(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>> {
-        let place = (*parent, kind, tokens.to_vec());
+    fn after(&self, parent: &RecordId, class: Class, tokens: &[u32]) -> Option<Arc<Entry>> {
+        let place = (*parent, class, tokens.to_vec());
         let (place, id) = self.places.range((std::ops::Bound::Excluded(place), std::ops::Bound::Unbounded)).next()?;
-        (place.0 == *parent && place.1 == kind).then(|| self.get(id))?
+        (place.0 == *parent && place.1 == class).then(|| self.get(id))?
     }
 
     fn has_states(&self, space: &Space) -> bool {

@@ -95,6 +95,27 @@ impl Wanted {
     }
 }
 
+/// Records that have an order of their own: of each class the best one for a query stands next to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Class(u8);
+
+impl Class {
+    /// States.
+    pub const STATE: Self = Self(1);
+    /// Rows: whole ones on a grid and off, then those that lack rows of windowed layers, on a grid and off.
+    pub const ROWS: [Self; 4] = [Self(0), Self(2), Self(4), Self(6)];
+
+    /// As the index keeps it.
+    pub const fn number(self) -> u8 {
+        self.0
+    }
+
+    /// Whether its records lack rows.
+    pub fn lacks_rows(self) -> bool {
+        Self::ROWS[2..].contains(&self)
+    }
+}
+
 /// Checksum of a tensor's bytes: XXH3 with 64 bits, as fast as memory.
 pub fn checksum(bytes: &[u8]) -> u64 {
     twox_hash::XxHash3_64::oneshot(bytes)
@@ -125,6 +146,13 @@ impl Entry {
 
     pub const fn worth(&self) -> Worth {
         Worth { is_on_grid: self.grid != 0, complete_from: self.complete_from, keep: self.keep }
+    }
+
+    pub const fn class(&self) -> Class {
+        match self.kind {
+            RecordKind::State => Class::STATE,
+            RecordKind::Rows => Class::ROWS[2 * (self.complete_from > self.start) as usize + (self.grid == 0) as usize],
+        }
     }
 
     /// Whether the name follows from the rest.

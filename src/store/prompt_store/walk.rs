@@ -2,7 +2,7 @@
 
 use super::found::{Found, RecordInfo, Tier};
 use super::key::{RecordId, Space};
-use super::record::{Entry, RecordKind, Wanted, name};
+use super::record::{Class, Entry, RecordKind, Wanted, name};
 use std::sync::Arc;
 
 /// An index of records. What it gives may be wrong: the walk compares all of it.
@@ -11,10 +11,10 @@ pub(super) trait Tree {
     fn tier(&self) -> Tier;
     /// The record of this name.
     fn get(&self, id: &RecordId) -> Option<Arc<Entry>>;
-    /// Of the records of `kind` after the block `parent` the last one whose tokens are not after `tokens`.
-    fn at_or_before(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>>;
+    /// Of the records of `class` after the block `parent` the last one whose tokens are not after `tokens`.
+    fn at_or_before(&self, parent: &RecordId, class: Class, tokens: &[u32]) -> Option<Arc<Entry>>;
     /// Of the same the first one whose tokens come after `tokens`.
-    fn after(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>>;
+    fn after(&self, parent: &RecordId, class: Class, tokens: &[u32]) -> Option<Arc<Entry>>;
     /// Whether there may be states in `space`.
     fn has_states(&self, space: &Space) -> bool;
 }
@@ -47,19 +47,43 @@ impl<'a> Chain<'a> {
         &self.ids
     }
 
-    /// The tokens after `n_blocks`, at most a block.
-    fn rest(&self, n_blocks: usize) -> &'a [u32] {
-        let rest = &self.tokens[n_blocks * self.block..];
-        &rest[..rest.len().min(self.block)]
+    /// The place after `n_blocks`.
+    fn spot(&mut self, n_blocks: usize) -> Spot<'a> {
+        let parent = self.at(n_blocks);
+        Spot::new(&self.space, parent, n_blocks * self.block, self.tokens, self.block)
+    }
+}
+
+/// A place in the tree: after some blocks of a query.
+pub(super) struct Spot<'a> {
+    space: Space,
+    parent: RecordId,
+    start: usize,
+    /// The query's tokens from there on, at most a block.
+    rest: &'a [u32],
+    block: usize,
+}
+
+impl<'a> Spot<'a> {
+    fn new(space: &Space, parent: RecordId, start: usize, tokens: &'a [u32], block: usize) -> Self {
+        let rest = tokens.get(start..).unwrap_or_default();
+        Self { space: *space, parent, start, rest: &rest[..rest.len().min(block)], block }
     }
 
-    /// Whether `entry` is a record of `kind` after the first `n_blocks`.
-    fn hangs_right(&mut self, entry: &Entry, kind: RecordKind, n_blocks: usize) -> bool {
+    /// The place after `blocks`, which were found for `tokens`.
+    pub fn after(space: &Space, tokens: &'a [u32], blocks: &[RecordInfo], block: usize) -> Self {
+        let (parent, start) =
+            blocks.last().map_or_else(|| (RecordId::root(space, block), 0), |last| (last.id, last.end));
+        Self::new(space, parent, start, tokens, block)
+    }
+
+    /// Whether `entry` is a record of `kind` there.
+    fn has(&self, entry: &Entry, kind: RecordKind) -> bool {
         let length = entry.tokens.len();
         entry.kind == kind
             && entry.space == self.space
-            && entry.parent == self.at(n_blocks)
-            && entry.start == n_blocks * self.block
+            && entry.parent == self.parent
+            && entry.start == self.start
             && match kind {
                 RecordKind::Rows => (1..=self.block).contains(&length),
                 RecordKind::State => length < self.block,
@@ -74,40 +98,54 @@ pub(super) fn find(trees: &[&dyn Tree], space: &Space, tokens: &[u32], block: us
     let mut found = Found::default();
     for (at, window) in tokens.chunks_exact(block).enumerate() {
         let id = chain.at(at + 1);
+        let spot = chain.spot(at);
         let block = trees.iter().find_map(|tree| {
             let entry = tree.get(&id).filter(|entry| entry.id == id && entry.tokens == window)?;
-            chain.hangs_right(&entry, RecordKind::Rows, at).then(|| RecordInfo::new(entry, tree.tier(), window.len()))
+            spot.has(&entry, RecordKind::Rows).then(|| RecordInfo::new(entry, tree.tier(), window.len()))
         });
         let Some(block) = block else { break };
         found.blocks.push(block);
     }
-    let partials = trees.iter().filter_map(|tree| partial(*tree, &mut chain, found.blocks.len()));
-    // Of equals the first: `max_by_key` would take the last.
-    found.partial = partials.rev().max_by_key(worth);
+    found.partials = partials(trees, &chain.spot(found.blocks.len()));
     found.states = states(trees, &mut chain);
     found
 }
 
-/// Longer first, then complete ones, then those on a grid.
-fn worth(record: &RecordInfo) -> (usize, bool, bool) {
-    (record.n_common, record.complete_from == record.start, record.grid != 0)
-}
-
-/// The rows after `n_blocks` that have most tokens in common with the rest: in the order of tokens they stand next to it.
-fn partial(tree: &dyn Tree, chain: &mut Chain<'_>, n_blocks: usize) -> Option<RecordInfo> {
-    let rest = chain.rest(n_blocks);
+/// The rows at `spot` that have most tokens in common with what the query goes on with, the longest first, and after it
+/// only such as have more rows or another grid: in the order of tokens those of each class stand next to the query.
+pub(super) fn partials(trees: &[&dyn Tree], spot: &Spot<'_>) -> Vec<RecordInfo> {
+    let Spot { parent, rest, .. } = spot;
+    let mut near = Vec::new();
     if rest.is_empty() {
-        return None;
+        return near;
     }
-    let parent = chain.at(n_blocks);
-    let before = tree.at_or_before(&parent, RecordKind::Rows, rest);
-    let after = tree.after(&parent, RecordKind::Rows, rest);
-    let near = before.into_iter().chain(after).filter_map(|entry| {
-        let n_common = common(&entry.tokens, rest);
-        let fits = n_common > 0 && chain.hangs_right(&entry, RecordKind::Rows, n_blocks) && entry.is_named_right();
-        fits.then(|| RecordInfo::new(entry, tree.tier(), n_common))
+    for (tree, class) in trees.iter().flat_map(|tree| Class::ROWS.map(|class| (*tree, class))) {
+        let mut entries: Vec<_> = tree.after(parent, class, rest).into_iter().collect();
+        entries.extend(tree.at_or_before(parent, class, rest));
+        if class.lacks_rows() {
+            // Those that end where the query goes on have there what a window looks back at; longer ones may not.
+            entries.extend(prefixes(tree, parent, class, rest));
+        }
+        near.extend(entries.into_iter().filter_map(|entry| {
+            let n_common = common(&entry.tokens, rest);
+            let fits = n_common > 0 && spot.has(&entry, RecordKind::Rows) && entry.is_named_right();
+            fits.then(|| RecordInfo::new(entry, tree.tier(), n_common))
+        }));
+    }
+    // Of equals the first one stays, and the first tree counts.
+    near.sort_by_key(|record| {
+        std::cmp::Reverse((record.n_common, std::cmp::Reverse(record.complete_from), record.grid != 0))
     });
-    near.max_by_key(worth)
+    let mut best: Vec<RecordInfo> = Vec::new();
+    for record in near {
+        let has_all = |longer: &RecordInfo| {
+            longer.complete_from <= record.complete_from && (record.grid == 0 || longer.grid == record.grid)
+        };
+        if !best.iter().any(has_all) {
+            best.push(record);
+        }
+    }
+    best
 }
 
 /// All states on the way, the deepest first.
@@ -118,14 +156,13 @@ fn states(trees: &[&dyn Tree], chain: &mut Chain<'_>) -> Vec<RecordInfo> {
         return states;
     }
     for n_blocks in (0..=chain.tokens.len() / chain.block).rev() {
-        let parent = chain.at(n_blocks);
-        let rest = chain.rest(n_blocks);
-        let rest = &rest[..rest.len().min(chain.block - 1)];
+        let spot = chain.spot(n_blocks);
+        let rest = &spot.rest[..spot.rest.len().min(spot.block - 1)];
         let first = states.len();
         for tree in &trees {
-            for entry in prefixes(**tree, &parent, RecordKind::State, rest) {
+            for entry in prefixes(**tree, &spot.parent, Class::STATE, rest) {
                 let is_known = states[first..].iter().any(|known| known.id == entry.id);
-                if !is_known && chain.hangs_right(&entry, RecordKind::State, n_blocks) && entry.is_named_right() {
+                if !is_known && spot.has(&entry, RecordKind::State) && entry.is_named_right() {
                     let n_common = entry.tokens.len();
                     states.push(RecordInfo::new(entry, tree.tier(), n_common));
                 }
@@ -139,10 +176,10 @@ fn states(trees: &[&dyn Tree], chain: &mut Chain<'_>) -> Vec<RecordInfo> {
 /// The records after `parent` whose tokens `rest` starts with, the longest first.
 ///
 /// In the order of tokens all of them stand before `rest`; what stands between shares less with it each time.
-pub(super) fn prefixes(tree: &dyn Tree, parent: &RecordId, kind: RecordKind, rest: &[u32]) -> Vec<Arc<Entry>> {
+pub(super) fn prefixes(tree: &dyn Tree, parent: &RecordId, class: Class, rest: &[u32]) -> Vec<Arc<Entry>> {
     let mut found = Vec::new();
     let mut length = rest.len();
-    while let Some(entry) = tree.at_or_before(parent, kind, &rest[..length]) {
+    while let Some(entry) = tree.at_or_before(parent, class, &rest[..length]) {
         let same = common(&entry.tokens, &rest[..length]);
         let is_prefix = same == entry.tokens.len();
         // A damaged index may answer the same for ever.
@@ -173,17 +210,15 @@ pub(super) fn missing(
             return false;
         }
         let n_blocks = start / block;
-        let (parent, covered) = (chain.at(n_blocks), &tokens[start..end]);
-        let id = name(&parent, kind, covered);
-        let mut serves = |entry: &Entry, kind: RecordKind| {
-            entry.tokens.starts_with(covered)
-                && chain.hangs_right(entry, kind, n_blocks)
-                && !wanted.worth().replaces(entry.worth())
+        let (spot, covered) = (chain.spot(n_blocks), &tokens[start..end]);
+        let id = name(&spot.parent, kind, covered);
+        let serves = |entry: &Entry| {
+            entry.tokens.starts_with(covered) && spot.has(entry, kind) && !wanted.worth().replaces(entry.worth())
         };
         !trees.iter().any(|tree| {
-            tree.get(&id).is_some_and(|entry| entry.id == id && serves(&entry, kind))
-                || (kind == RecordKind::Rows
-                    && tree.after(&parent, kind, covered).is_some_and(|longer| serves(&longer, kind)))
+            let longer = |class: &Class| tree.after(&spot.parent, *class, covered);
+            tree.get(&id).is_some_and(|entry| entry.id == id && serves(&entry))
+                || (kind == RecordKind::Rows && Class::ROWS.iter().filter_map(longer).any(|longer| serves(&longer)))
         })
     };
     wanted.iter().map(&mut is_missing).collect()

@@ -2,6 +2,7 @@
 
 mod capture;
 mod layout;
+mod plan;
 mod restore;
 
 pub use capture::{Cuts, Located, Recorder};

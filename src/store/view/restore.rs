@@ -2,11 +2,13 @@
 
 use super::View;
 use super::layout::{self, Leaf};
+use super::plan::Plan;
 use crate::array::Array;
 use crate::cache::{ArraysCache, Boundary, Cache, KvTensor, Lookback, Run};
 use crate::error::{Error, Result};
 use crate::persist::{Assembly, Damage, Piece, Source, assemble};
-use crate::store::prompt_store::{OpenRecord, RecordInfo, Tier, checksum};
+use crate::store::prompt_store::{OpenRecord, RecordId, RecordInfo, Tier, checksum};
+use std::collections::HashSet;
 use std::num::NonZero;
 use std::ops::Range;
 
@@ -36,20 +38,11 @@ pub struct Restored {
     pub is_exact: bool,
 }
 
-/// The records for a boundary.
-struct Plan {
-    n_tokens: usize,
-    /// The rows of its tokens, from the first on.
-    rows: Vec<RecordInfo>,
-    state: Option<RecordInfo>,
-    is_exact: bool,
-}
-
 impl View {
     /// How many of `tokens` could be restored. Only the index is read. `step`: of the windows that would follow; with
     /// `exact`, only what was computed on that grid counts.
     pub fn lookup(&self, tokens: &[u32], step: u32, exact: bool) -> Lookup {
-        let Some(plan) = self.plan(tokens, step, exact) else { return Lookup::default() };
+        let Some(plan) = self.plan(tokens, step, exact, &HashSet::new()) else { return Lookup::default() };
         let needed = self.needed(&plan, None);
         let records = || plan.rows.iter().enumerate().filter(|(at, _)| needed.contains(at)).map(|(_, record)| record);
         let records = || records().chain(&plan.state);
@@ -74,56 +67,19 @@ impl View {
         exact: bool,
         threads: Option<NonZero<usize>>,
     ) -> Result<Option<Restored>> {
-        // Each failure removes a record, so that this ends.
-        while let Some(plan) = self.plan(tokens, step, exact) {
+        // Each failure leaves out a record, so that this ends, even where the store is only read or the disk fails.
+        let mut bad = HashSet::new();
+        while let Some(plan) = self.plan(tokens, step, exact, &bad) {
             match self.read(&plan, threads)? {
                 Outcome::Restored(restored) => return Ok(Some(restored)),
-                Outcome::Damaged(record, reason) => self.store.quarantine(&record, &reason),
-                Outcome::Gone => {}
+                Outcome::Damaged(record, reason) => {
+                    self.store.quarantine(&record, &reason);
+                    bad.insert(record.id);
+                }
+                Outcome::Gone(id) => drop(bad.insert(id)),
             }
         }
         Ok(None)
-    }
-
-    /// The deepest boundary that every layer can restore.
-    fn plan(&self, tokens: &[u32], step: u32, exact: bool) -> Option<Plan> {
-        let limit = tokens.len().checked_sub(1)?;
-        let found = self.store.find(&self.space, tokens);
-        let mut rows = found.blocks;
-        rows.extend(found.partial);
-        let ends = |record: &RecordInfo| record.start + record.n_common.min(record.end - record.start);
-        let end = rows.last().map_or(0, ends).min(limit);
-        let block = self.store.block_tokens();
-        let exact_rows = |n: usize| {
-            step > 0
-                && n.is_multiple_of(step as usize)
-                && rows.iter().take_while(|record| record.start < n).all(|record| record.grid == step)
-        };
-        let plan = |n: usize, state: Option<&RecordInfo>| {
-            let is_exact = exact_rows(n) && state.is_none_or(|state| state.grid == step);
-            let is_possible = n > 0 && (is_exact || !exact) && self.has_windows(&rows, n);
-            is_possible.then(|| {
-                let rows = rows.iter().take_while(|record| record.start < n).cloned().collect();
-                Plan { n_tokens: n, rows, state: state.cloned(), is_exact }
-            })
-        };
-        if self.has_states() {
-            let mut states = found.states.iter().filter(|state| state.end <= end);
-            return states.find_map(|state| plan(state.end, Some(state)));
-        }
-        // The end itself, then where blocks and windows of the grid end below it.
-        let every = if exact { (step as usize).max(1) } else { block };
-        let mut below = (0..=end / every).rev().map(|at| at * every);
-        plan(end, None).or_else(|| below.find_map(|n| plan(n, None)))
-    }
-
-    /// True if the rows that windowed layers look back at from `n` are all there.
-    fn has_windows(&self, rows: &[RecordInfo], n: usize) -> bool {
-        let (window, keeps) = self.windows();
-        let from = n.saturating_sub(window);
-        let complete = |record: &RecordInfo| record.complete_from <= record.start.max(from);
-        let mut recent = rows.iter().filter(|record| record.start < n && record.end > from);
-        (window == 0 || recent.all(complete)) && (!keeps || rows.first().is_none_or(|first| first.complete_from == 0))
     }
 
     /// Places of the records whose rows a restore reads, and always the last one's, which knows the phases.
@@ -139,9 +95,9 @@ impl View {
 
     fn read(&self, plan: &Plan, threads: Option<NonZero<usize>>) -> Result<Outcome> {
         // The last record first: its phases say which rows are needed.
-        let Some(last) = plan.rows.last() else { return Ok(Outcome::Gone) };
+        let Some(last) = plan.rows.last() else { return Err(Error::value("restore", "rows", "none")) };
         let Some(opened) = self.store.open_records(std::slice::from_ref(last)).into_iter().next().flatten() else {
-            return Ok(Outcome::Gone);
+            return Ok(Outcome::Gone(last.id));
         };
         let Some(phases) = layout::from_text(&opened.layout, self.leaves.len()) else {
             return Ok(Outcome::Damaged(Box::new(last.clone()), "its layout cannot be read".to_owned()));
@@ -152,9 +108,9 @@ impl View {
         let mut records: Vec<_> = self.needed(plan, phases).into_iter().map(|at| plan.rows[at].clone()).collect();
         records.extend(plan.state.clone());
         let mut open = Vec::with_capacity(records.len());
-        for record in self.store.open_records(&records) {
-            let Some(record) = record else { return Ok(Outcome::Gone) };
-            open.push(record);
+        for (record, opened) in records.iter().zip(self.store.open_records(&records)) {
+            let Some(opened) = opened else { return Ok(Outcome::Gone(record.id)) };
+            open.push(opened);
         }
         let n_rows = records.len() - usize::from(plan.state.is_some());
         let built = self.assemblies(plan, phases, &records[..n_rows], &open);
@@ -252,7 +208,7 @@ enum Outcome {
     /// A record is not what its place says.
     Damaged(Box<RecordInfo>, String),
     /// A record is no longer there: it was evicted, or set aside when it was opened.
-    Gone,
+    Gone(RecordId),
 }
 
 /// Where a leaf wants its rows, and how many its buffers have.

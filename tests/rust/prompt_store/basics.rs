@@ -2,7 +2,9 @@
 
 use super::common::*;
 use mlxrs_py::Error;
-use mlxrs_py::store::prompt_store::{DiskState, Options, PromptStore, RecordKind, Tier, Wanted};
+use mlxrs_py::store::prompt_store::{
+    DISK_BYTES, DiskState, Options, PromptStore, RecordInfo, RecordKind, Tier, Wanted,
+};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
@@ -43,6 +45,36 @@ fn of_many_continuations_the_nearest_is_found() {
             let query: Vec<u32> = (0..last).chain([100 + last, 300, 7, 7, 7]).collect();
             assert_eq!(restore(store, &space(1), &query).0, last as usize + 1, "{query:?}");
         }
+    });
+}
+
+#[test]
+fn rows_that_lack_some_hide_none_that_have_them() {
+    both(|store, _| {
+        let a = tokens(&[(1, 20)]);
+        let add = |covered: &[u32], grid, complete_from| {
+            let mut new = record(&space(1), covered, RecordKind::Rows, 0, covered.len(), 16);
+            (new.grid, new.complete_from) = (grid, complete_from);
+            put(store, &space(1), covered, vec![new]);
+        };
+        let ends = |partials: Vec<RecordInfo>| partials.iter().map(|partial| partial.end).collect::<Vec<_>>();
+        add(&a[..3], 16, 0);
+        add(&a[..5], 0, 0);
+        add(&a[..6], 0, 4);
+        add(&a[..7], 0, 6);
+        for other in 0..40 {
+            add(&[&a[..6], &[500 + other]].concat(), 0, 5);
+        }
+        // Most tokens, then those that lack less, all of them, and those on a grid.
+        assert_eq!(ends(store.find(&space(1), &a[..7]).partials), [7, 6, 5, 3]);
+        // What serves an end in the middle of others is there though they have as many tokens in common.
+        let partials = store.find(&space(1), &[&a[..6], &[7000]].concat()).partials;
+        assert_eq!(partials.iter().map(|partial| partial.complete_from).collect::<Vec<_>>(), [4, 0, 0]);
+        add(&a[..8], 0, 7);
+        let found = store.find(&space(1), &a);
+        assert_eq!((found.blocks.len(), found.partials.len()), (1, 0));
+        assert_eq!(ends(store.find_partials(&space(1), &a, &[])), [8, 7, 6, 5, 3], "in the block's place");
+        assert_eq!(ends(store.find_partials(&space(1), &a, &found.blocks)), [0; 0]);
     });
 }
 
@@ -165,7 +197,7 @@ fn a_lost_index_is_built_anew_from_the_records() {
 fn limits_hold_and_the_least_recently_used_leaves_go_first() {
     let folder = tempdir().unwrap();
     let limit = 3 << 20;
-    let options = Options { disk_bytes: limit, ..options(Some(folder.path())) };
+    let options = Options { disk_bytes: Some(limit), ..options(Some(folder.path())) };
     let store = PromptStore::open(options).unwrap();
     let pinned = tokens(&[(0, 24)]);
     put(&store, &space(1), &pinned, rows(&space(1), &pinned, 0, 20_000));
@@ -188,7 +220,7 @@ fn limits_hold_and_the_least_recently_used_leaves_go_first() {
 #[test]
 fn what_is_larger_than_the_limit_stays_in_memory_as_far_as_it_may() {
     let folder = tempdir().unwrap();
-    let options = Options { disk_bytes: 2 << 20, ram_bytes: 1 << 20, ..options(Some(folder.path())) };
+    let options = Options { disk_bytes: Some(2 << 20), ram_bytes: 1 << 20, ..options(Some(folder.path())) };
     let store = PromptStore::open(options).unwrap();
     let a = tokens(&[(1, 400)]);
     let report = store.put(&space(1), &a, rows(&space(1), &a, 0, 40_000)).wait(None).unwrap().unwrap();
@@ -236,7 +268,37 @@ fn a_folder_that_others_may_write_to_or_that_is_no_store_is_refused() {
     assert!(error.contains("expected format 1, got format 2"), "{error}");
     fs::write(folder.path().join("letter"), "x").unwrap();
     assert!(matches!(PromptStore::open(options(Some(folder.path()))), Err(Error::Value { .. })));
-    assert!(matches!(PromptStore::open(Options { disk_bytes: 1, ..options(Some(&path)) }), Err(Error::Value { .. })));
+    assert!(matches!(
+        PromptStore::open(Options { disk_bytes: Some(1), ..options(Some(&path)) }),
+        Err(Error::Value { .. })
+    ));
+}
+
+#[test]
+fn a_folder_keeps_its_limit_and_whoever_gives_none_evicts_nothing_by_opening() {
+    let folder = tempdir().unwrap();
+    let with = |disk_bytes| PromptStore::open(Options { disk_bytes, ..options(Some(folder.path())) }).unwrap();
+    assert_eq!(with(None).stats().disk_limit, DISK_BYTES);
+    assert_eq!(with(Some(4 << 20)).stats().disk_limit, 4 << 20);
+    let store = with(Some(16 << 20));
+    let a = tokens(&[(1, 80)]);
+    put(&store, &space(1), &a, rows(&space(1), &a, 0, 120_000));
+    drop(store);
+    // As somebody may write it, by hand or by an accident.
+    for (text, limit) in [("4194304\n", 4 << 20), ("", DISK_BYTES), ("\0\0", DISK_BYTES), ("17", DISK_BYTES)] {
+        fs::write(folder.path().join("limit"), text).unwrap();
+        let store = with(None);
+        assert_eq!((store.stats().disk_limit, store.list().len()), (limit, 10));
+        assert!(store.verify(true).unwrap().faults.is_empty());
+    }
+    fs::write(folder.path().join("limit"), "4194304").unwrap();
+    let store = with(None);
+    assert_eq!(restore(&store, &space(1), &a).0, 80);
+    put(&store, &space(1), &tokens(&[(2, 8)]), rows(&space(1), &tokens(&[(2, 8)]), 0, 2_000));
+    assert!(folder_size(folder.path()) <= 4 << 20, "whoever writes keeps the limit");
+    drop(store);
+    assert!(with(Some(3 << 20)).stats().disk_bytes <= 3 << 20, "one that is given holds at once");
+    assert_eq!(with(None).stats().disk_limit, 3 << 20);
 }
 
 #[test]

@@ -22,7 +22,7 @@ pub fn options(path: Option<&Path>) -> Options {
     Options {
         path: path.map(Path::to_owned),
         ram_bytes: 64 << 20,
-        disk_bytes: 64 << 20,
+        disk_bytes: Some(64 << 20),
         block_tokens: BLOCK,
         ..Options::default()
     }
@@ -99,9 +99,9 @@ pub fn check(space: &Space, tokens: &[u32], info: &RecordInfo, open: &OpenRecord
     true
 }
 
-/// All that was found, in the order of tokens.
+/// What a restore of all rows takes, in the order of tokens, and the states.
 pub fn all(found: &Found) -> Vec<RecordInfo> {
-    found.blocks.iter().chain(&found.partial).chain(&found.states).cloned().collect()
+    found.blocks.iter().chain(found.partials.first()).chain(&found.states).cloned().collect()
 }
 
 /// Finds, opens and reads as a restore does: gives the number of tokens whose rows came back, and the deepest state. What is

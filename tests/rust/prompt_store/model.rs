@@ -126,7 +126,7 @@ impl Run {
 
     fn open(&mut self) {
         let path = Some(self.root.as_path());
-        let options = Options { disk_bytes: LIMIT, ram_bytes: 4 << 20, ..options(path) };
+        let options = Options { disk_bytes: Some(LIMIT), ram_bytes: 4 << 20, ..options(path) };
         self.store = Some(PromptStore::open(options).unwrap());
         (self.n_evicted, self.n_gone) = (0, 0);
     }
@@ -238,10 +238,10 @@ impl Run {
                 Ok(Some(report)) if report.is_durable => {
                     // A tail is not stored if a longer one is.
                     let is_stored = |&(kind, start, end): &(RecordKind, usize, usize)| {
-                        let partial = self.store().find(&space(n), &tokens[..end]).partial;
+                        let partials = self.store().find(&space(n), &tokens[..end]).partials;
                         kind == RecordKind::State
                             || end - start == BLOCK
-                            || partial.is_none_or(|partial| partial.end == end)
+                            || partials.first().is_none_or(|partial| partial.end == end)
                     };
                     let which: Vec<_> = which.into_iter().filter(is_stored).collect();
                     self.model.add(n, &tokens, &which);

@@ -36,7 +36,7 @@ fn maybe_die(step: Step, _root: &Path) -> io::Result<()> {
 }
 
 fn open_limited(path: &Path) -> PromptStore {
-    PromptStore::open(Options { disk_bytes: LIMIT, ram_bytes: 1 << 20, ..options(Some(path)) }).unwrap()
+    PromptStore::open(Options { disk_bytes: Some(LIMIT), ram_bytes: 1 << 20, ..options(Some(path)) }).unwrap()
 }
 
 /// One of a few prompts that share their beginnings.

@@ -14,7 +14,7 @@ const FORMAT: &str = "mlxrs_py prompt store";
 /// Version of folders, records and index together.
 const VERSION: u64 = 1;
 /// What a store's folder holds. The first one tells it from other folders.
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 13] = [
     "format",
     "index.lock",
     "index.sqlite",
@@ -26,6 +26,9 @@ const NAMES: [&str; 11] = [
     "tmp",
     "owners",
     "quarantine",
+    "limit",
+    // Of the Python package: hashes of weights.
+    "fingerprints.json",
 ];
 
 /// Device and number of a file.
@@ -109,6 +112,29 @@ impl Folder {
 
     pub fn quarantine(&self) -> PathBuf {
         self.root.join("quarantine")
+    }
+
+    /// The limit that was given last, if it can be read.
+    pub fn limit(&self) -> Option<u64> {
+        fs::read_to_string(self.root.join("limit")).ok()?.trim().parse().ok()
+    }
+
+    /// Keeps a limit: in a file, since the index may be lost. It is written as `temporary` and appears whole.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the disk refuses.
+    pub fn keep_limit(&self, n_bytes: u64, temporary: &str) -> Result<()> {
+        let (new, path) = (self.temporaries().join(temporary), self.root.join("limit"));
+        let write = || {
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+            writeln!(file, "{n_bytes}")?;
+            file.sync_all()?;
+            fs::rename(&new, &path)
+        };
+        write().map_err(|source| {
+            let _ = fs::remove_file(&new);
+            Error::io("write", &path, source)
+        })
     }
 
     /// Bytes of the index and its log.

@@ -20,17 +20,17 @@ use std::time::Duration;
 
 /// Told in the database's own header.
 const APPLICATION: i32 = 0x6d6c_7870;
-const VERSION: i32 = 1;
+const VERSION: i32 = 2;
 /// Prepared statements that are kept.
 const STATEMENTS: usize = 64;
 
 /// `slot` is the beginning of a record's name; `body` and `tokens` are a packed row, under a checksum. The other
 /// columns only lead there.
 const SCHEMA: &str = "
-CREATE TABLE records(slot INTEGER PRIMARY KEY, parent INTEGER NOT NULL, kind INTEGER NOT NULL, space INTEGER NOT NULL,
+CREATE TABLE records(slot INTEGER PRIMARY KEY, parent INTEGER NOT NULL, class INTEGER NOT NULL, space INTEGER NOT NULL,
   tokens BLOB NOT NULL, body BLOB NOT NULL);
-CREATE INDEX near ON records(parent, kind, tokens);
-CREATE INDEX states ON records(space) WHERE kind = 1;
+CREATE INDEX near ON records(parent, class, tokens);
+CREATE INDEX states ON records(space) WHERE class = 1;
 CREATE TABLE uses(slot INTEGER PRIMARY KEY, nonce INTEGER NOT NULL, size INTEGER NOT NULL, start INTEGER NOT NULL,
   last_used INTEGER NOT NULL, hits INTEGER NOT NULL, pinned INTEGER NOT NULL);
 CREATE INDEX oldest ON uses(last_used, start DESC);

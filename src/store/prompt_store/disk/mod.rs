@@ -26,7 +26,7 @@ pub(super) use row::slot;
 
 use super::found::{DiskState, Listed, RecordInfo, Stats, Tier};
 use super::lock;
-use super::options::Options;
+use super::options::{DISK_BYTES, Options};
 use super::thin::{self, Checkpoint};
 use super::walk::Tree;
 use crate::error::{Error, Result};
@@ -82,13 +82,15 @@ pub(super) struct Disk {
 impl Disk {
     /// Opens the folder `options` names, sweeps what the dead left, and brings records and index together.
     pub fn open(options: &Options, path: &std::path::Path) -> Result<Arc<Self>> {
-        if options.disk_bytes < MIN_BYTES {
+        if let Some(got) = options.disk_bytes.filter(|n_bytes| *n_bytes < MIN_BYTES) {
             let expected = format!("disk_bytes of 0 or at least {MIN_BYTES}");
-            return Err(Error::value("open a prompt store", expected, options.disk_bytes));
+            return Err(Error::value("open a prompt store", expected, got));
         }
         let folder = Folder::open(path, options.read_only, options.allow_network_fs)?;
         let owner = if options.read_only { None } else { Some(Owner::claim(&folder)?) };
-        let limits = Limits { disk_bytes: options.disk_bytes, write_bytes_per_day: options.write_bytes_per_day };
+        let kept = folder.limit().filter(|n_bytes| *n_bytes >= MIN_BYTES);
+        let disk_bytes = options.disk_bytes.or(kept).unwrap_or(DISK_BYTES);
+        let limits = Limits { disk_bytes, write_bytes_per_day: options.write_bytes_per_day };
         let index = || Index::new(&folder, options.read_only).map(Mutex::new);
         let disk = Self {
             limits,
@@ -103,12 +105,16 @@ impl Disk {
             folder,
         };
         if !options.read_only {
-            disk.start()?;
+            if options.disk_bytes.is_some() && kept != options.disk_bytes {
+                disk.folder.keep_limit(disk_bytes, &disk.temporary_name(0, room::nonce()))?;
+            }
+            // Whoever gives no limit may only want to look.
+            disk.start(options.disk_bytes.is_some())?;
         }
         Ok(Arc::new(disk))
     }
 
-    fn start(&self) -> Result<()> {
+    fn start(&self, shrinks: bool) -> Result<()> {
         let tables = "SELECT count(*) FROM sqlite_master WHERE type IN ('table', 'index') AND sql IS NOT NULL";
         let is_whole = |index: &rusqlite::Connection| match query::sum(index, tables)? {
             index::N_OBJECTS => Ok(()),
@@ -121,10 +127,11 @@ impl Disk {
             self.counts.n_rebuilds.fetch_add(u64::from(damaged != Damage::Lost), Ordering::Relaxed);
         }
         self.sweep();
-        let reconciled = self.reconcile().and_then(|()| self.shrink(self.limits.usable(), false));
+        let shrink = || if shrinks { self.shrink(self.limits.usable(), false).map(|_| ()) } else { Ok(()) };
+        let reconciled = self.reconcile().and_then(|()| shrink());
         if reconciled.is_err() && lock(&self.writer).damage.is_some() {
             self.mend();
-            self.shrink(self.limits.usable(), false)?;
+            shrink()?;
         }
         Ok(())
     }
@@ -299,6 +306,11 @@ impl Disk {
     /// Whether anything is written.
     pub const fn is_writable(&self) -> bool {
         self.owner.is_some()
+    }
+
+    /// Name of a temporary file of this owner, under which it is swept.
+    fn temporary_name(&self, put: u64, nonce: u64) -> String {
+        format!("{}-{put}-{nonce:016x}.tmp", self.owner_name())
     }
 
     fn owner_name(&self) -> &str {

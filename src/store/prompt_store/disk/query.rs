@@ -3,7 +3,7 @@
 use super::row::{Row, big_endian, prefix, slot};
 use crate::store::prompt_store::found::Tier;
 use crate::store::prompt_store::key::{RecordId, Space};
-use crate::store::prompt_store::record::{Entry, RecordKind};
+use crate::store::prompt_store::record::{Class, Entry};
 use crate::store::prompt_store::walk::Tree;
 use rusqlite::{Connection, OptionalExtension as _, Params, params};
 use std::cell::RefCell;
@@ -53,20 +53,20 @@ impl Tree for Snapshot<'_> {
         self.one("SELECT slot, tokens, body FROM records WHERE slot = ?1", [slot(id)])
     }
 
-    fn at_or_before(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>> {
-        let sql = "SELECT slot, tokens, body FROM records WHERE parent = ?1 AND kind = ?2 AND tokens <= ?3
+    fn at_or_before(&self, parent: &RecordId, class: Class, tokens: &[u32]) -> Option<Arc<Entry>> {
+        let sql = "SELECT slot, tokens, body FROM records WHERE parent = ?1 AND class = ?2 AND tokens <= ?3
                    ORDER BY tokens DESC LIMIT 1";
-        self.one(sql, params![slot(parent), kind as u8, big_endian(tokens)])
+        self.one(sql, params![slot(parent), class.number(), big_endian(tokens)])
     }
 
-    fn after(&self, parent: &RecordId, kind: RecordKind, tokens: &[u32]) -> Option<Arc<Entry>> {
-        let sql = "SELECT slot, tokens, body FROM records WHERE parent = ?1 AND kind = ?2 AND tokens > ?3
+    fn after(&self, parent: &RecordId, class: Class, tokens: &[u32]) -> Option<Arc<Entry>> {
+        let sql = "SELECT slot, tokens, body FROM records WHERE parent = ?1 AND class = ?2 AND tokens > ?3
                    ORDER BY tokens LIMIT 1";
-        self.one(sql, params![slot(parent), kind as u8, big_endian(tokens)])
+        self.one(sql, params![slot(parent), class.number(), big_endian(tokens)])
     }
 
     fn has_states(&self, space: &Space) -> bool {
-        let sql = "SELECT 1 FROM records WHERE kind = 1 AND space = ?1 LIMIT 1";
+        let sql = "SELECT 1 FROM records WHERE class = 1 AND space = ?1 LIMIT 1";
         let found = self.connection.prepare_cached(sql).and_then(|mut found| found.exists([prefix(&space.0)]));
         found.unwrap_or_else(|error| {
             self.fault.borrow_mut().get_or_insert(error);
@@ -94,11 +94,12 @@ pub fn unpack(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
 /// Enters `row`, in the place of one of the same name.
 pub fn insert(connection: &Connection, row: &Row, last_used: u64, hits: u64) -> rusqlite::Result<()> {
     let entry = &row.entry;
-    let sql = "INSERT OR REPLACE INTO records(slot, parent, kind, space, tokens, body) VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+    let sql =
+        "INSERT OR REPLACE INTO records(slot, parent, class, space, tokens, body) VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
     connection.prepare_cached(sql)?.execute(params![
         row.slot(),
         slot(&entry.parent),
-        entry.kind as u8,
+        entry.class().number(),
         prefix(&entry.space.0),
         big_endian(&entry.tokens),
         row.pack()

@@ -6,7 +6,7 @@ use super::owner;
 use super::query::{self, Snapshot};
 use super::row::Row;
 use crate::store::prompt_store::ram::is_needless;
-use crate::store::prompt_store::record::{Record, RecordKind};
+use crate::store::prompt_store::record::{Class, Record, RecordKind};
 use crate::store::prompt_store::walk::Tree as _;
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 use std::collections::HashSet;
@@ -175,12 +175,15 @@ fn is_stored(transaction: &Transaction<'_>, folder: &Folder, record: &Record) ->
         return Ok(false);
     }
     let snapshot = Snapshot::new(transaction);
-    let longer = snapshot.after(&entry.parent, RecordKind::Rows, &entry.tokens);
-    let longer = snapshot.finish(longer)?.filter(|longer| {
-        longer.parent == entry.parent && longer.tokens.starts_with(&entry.tokens) && is_needless(entry, longer)
-    });
-    let Some(longer) = longer else { return Ok(false) };
-    Ok(query::row_in(transaction, super::row::slot(&longer.id))?.is_some_and(|row| serves(&row)))
+    let longer = Class::ROWS.iter().filter_map(|&class| snapshot.after(&entry.parent, class, &entry.tokens)).collect();
+    for longer in snapshot.finish::<Vec<_>>(longer)? {
+        let goes_on =
+            longer.parent == entry.parent && longer.tokens.starts_with(&entry.tokens) && is_needless(entry, &longer);
+        if goes_on && query::row_in(transaction, super::row::slot(&longer.id))?.is_some_and(|row| serves(&row)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Records of `n_bytes` or more, as far as there are any to go: leaves before what they hang on, the least recently used

@@ -130,7 +130,7 @@ fn tell(index: &Connection) -> rusqlite::Result<Told> {
         }
     }
     let mut rows = index.prepare(
-        "SELECT slot, tokens, body, parent, kind, space, nonce, size, start, pinned FROM records LEFT JOIN uses USING (slot)",
+        "SELECT slot, tokens, body, parent, class, space, nonce, size, start, pinned FROM records LEFT JOIN uses USING (slot)",
     )?;
     let mut rows = rows.query([])?;
     while let Some(columns) = rows.next()? {
@@ -141,7 +141,7 @@ fn tell(index: &Connection) -> rusqlite::Result<Told> {
         let entry = &row.entry;
         let expected = [
             row::slot(&entry.parent),
-            entry.kind as i64,
+            i64::from(entry.class().number()),
             row::prefix(&entry.space.0),
             entry.nonce as i64,
             row.size as i64,

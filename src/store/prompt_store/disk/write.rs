@@ -9,7 +9,7 @@ use super::{Disk, SLOW};
 use crate::error::{Error, Result};
 use crate::store::prompt_store::handle::PutReport;
 use crate::store::prompt_store::ram::is_needless;
-use crate::store::prompt_store::record::{Entry, Record, RecordKind};
+use crate::store::prompt_store::record::{Class, Entry, Record, RecordKind};
 use crate::store::prompt_store::walk::prefixes;
 use rusqlite::Transaction;
 use std::collections::HashSet;
@@ -147,8 +147,8 @@ impl Disk {
     fn ready(&self, put: u64, ((record, size), frame): ((Arc<Record>, u64), Frame)) -> Ready {
         let entry = Entry { nonce: room::nonce(), ..record.entry.clone() };
         let row = Row { entry, size, is_pinned: false };
-        let name = format!("{}-{put}-{:016x}.tmp", self.owner_name(), row.entry.nonce);
-        Ready { record, frame, row, temporary: self.folder.temporaries().join(name) }
+        let temporary = self.folder.temporaries().join(self.temporary_name(put, row.entry.nonce));
+        Ready { record, frame, row, temporary }
     }
 
     fn write_ready(&self, put: u64, batch: &[Ready]) -> Result<()> {
@@ -204,7 +204,8 @@ impl Disk {
     fn doom_needless(&self, index: &Transaction<'_>, row: &Row) -> rusqlite::Result<()> {
         let shorter = &row.entry.tokens[..row.entry.tokens.len() - 1];
         let snapshot = query::Snapshot::new(index);
-        let tails = prefixes(&snapshot, &row.entry.parent, RecordKind::Rows, shorter);
+        let prefixes = |class: &Class| prefixes(&snapshot, &row.entry.parent, *class, shorter);
+        let tails: Vec<_> = Class::ROWS.iter().flat_map(prefixes).collect();
         for tail in snapshot.finish(tails)? {
             let slot = row::slot(&tail.id);
             if tail.tokens.is_empty() || !is_needless(&tail, &row.entry) || query::is_leased(index, slot)? {
