@@ -6,9 +6,15 @@ import pty
 import subprocess
 import sys
 
-import pytest
-
 import mlxrs_py
+
+# isort: split
+# Before this, the BLAS that serves MLX was chosen.
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxrs_py.cache import load_prompt_cache
 from mlxrs_py.cli import main
 from mlxrs_py.store.plot import plot
 from tiny import TinyModel
@@ -39,6 +45,10 @@ def as_json(capsys, *arguments):
     code, out, _ = run(capsys, *arguments, "--json")
     assert code == 0
     return json.loads(out)
+
+
+def leaves(cache):
+    return [array for _, array in tree_flatten(cache.state)]
 
 
 def test_records_are_listed_parents_first(folder, capsys):
@@ -146,7 +156,9 @@ def test_without_matplotlib_the_extra_is_named(folder, capsys, tmp_path, monkeyp
     [
         (["generate", "--prompt", "x"], "--store"),
         (["generate", "--prompt", "x", "--store", "a", "--prompt-cache-file", "b"], "not allowed"),
-        (["cache-prompt", "--prompt", "x"], "--store"),
+        (["cache-prompt", "--prompt", "x"], "at least one of --prompt-cache-file and --store"),
+        (["cache-prompt", "--prompt", "x", "--store", "a", "--metadata", "k=v"], "need --prompt-cache-file"),
+        (["cache-prompt", "--prompt", "x", "--store", "a", "--max-kv-size", "9"], "--max-kv-size does not go with"),
         (["store"], "COMMAND"),
         (["store", "prune", "--to", "much"], "500MB"),
     ],
@@ -170,3 +182,36 @@ def test_a_prompt_that_was_cached_in_a_store_answers_from_it(tmp_path, capsys):
     assert 80 < first["cached_tokens"] < first["prompt_tokens"]
     assert again["cached_tokens"] == again["prompt_tokens"] - 2
     assert again["text"] == first["text"] and "Bob" in first["text"]
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize("quantized", [[], ["--kv-bits", "8"]], ids=["plain", "quantized"])
+def test_a_prompt_goes_into_a_file_and_a_store_in_one_call(quantized, tmp_path, capsys):
+    text = "Alice has a red bicycle. Bob has a blue car. " * 8
+    command = ["cache-prompt", "--prompt", text, "--store", str(tmp_path / "store"), *quantized]
+    outputs = []
+    for name in ("first", "again"):
+        place = ["--prompt-cache-file", str(tmp_path / name), "--metadata", f"name={name}"]
+        assert main([*command, *place]) == 0
+        outputs.append(capsys.readouterr().err)
+    n_tokens = int(outputs[0].split("tokens in")[0].split()[-1])
+    assert ", 0 of them were there" in outputs[0] and f", {n_tokens - 1} of them were there" in outputs[1]
+    assert "first.safetensors and in " in outputs[0]
+    files = [load_prompt_cache(tmp_path / name, return_metadata=True) for name in ("first", "again")]
+    assert [metadata["name"] for _, metadata in files] == ["first", "again"]
+    for a, b in zip(*(caches for caches, _ in files), strict=True):
+        assert type(a) is type(b) and a.offset == b.offset == n_tokens
+        assert (getattr(a, "bits", None) == 8) == bool(quantized)
+        for x, y in zip(leaves(a), leaves(b), strict=True):
+            assert mx.array_equal(x, y)
+    ask = ["generate", "--prompt", " Who has a car?", "-m", "8", "--json"]
+    assert main([*ask, "--prompt-cache-file", str(tmp_path / "again")]) == 0
+    assert "Bob" in json.loads(capsys.readouterr().out)["text"]
+
+
+@pytest.mark.parametrize("more", [{"max_kv_size": 64}, {"config": mlxrs_py.CacheConfig(2)}])
+def test_a_store_takes_whole_prompts_only(more, tmp_path):
+    model = TinyModel()
+    with mlxrs_py.PromptStore(disk_bytes=0) as store, pytest.raises(ValueError, match="got both"):
+        mlxrs_py.cache_prompt_ids(model, PROMPT, tmp_path / "file", view=store.view(model), **more)
+    assert not list(tmp_path.iterdir())
