@@ -23,7 +23,7 @@ from mlxrs_py.prefill import prefill
 if TYPE_CHECKING:
     import numpy as np
 
-    from mlxrs_py.store import PromptStore, View
+    from mlxrs_py.store import Handle, PromptStore, View
 
 __all__ = [
     "PromptInfo",
@@ -33,6 +33,7 @@ __all__ = [
     "load_model",
     "model_fingerprint",
     "question_prompt",
+    "wait_stored",
 ]
 
 #: Metadata keys of mlx-lm.
@@ -110,7 +111,7 @@ def cache_prompt_ids(
         ValueError: For an empty prompt, metadata that a file cannot hold, or ``config`` or ``max_kv_size`` with a view,
             before any work; no file is written.
         OSError: If the file cannot be written; an older one then stays as it was. A missing folder, or a folder in
-            place of the file, is told before any work.
+            place of the file, is told before any work. If the store cannot take the prompt; the file is written then.
 
     """
     ids = _token_ids(tokens)
@@ -125,12 +126,12 @@ def cache_prompt_ids(
     entries[META_TOKENS_BLAKE3] = _core.blake3_hex(ids.astype("<i8").tobytes())
     _core.check_save(entries, format)
 
-    n_restored = 0
+    n_restored, put = 0, None
     mx.reset_peak_memory()
     start = time.perf_counter()
     if view is not None:
         _, caches, n_restored = view.prefill(model, ids, step_size=step_size, progress=progress)
-        view.put(ids, caches, keep=True).result()
+        put = view.put(ids, caches, keep=True)
     else:
         caches = config.make() if config is not None else make_prompt_cache(model, max_kv_size)
         prefill(
@@ -148,6 +149,8 @@ def cache_prompt_ids(
     if (fingerprint := model_fingerprint(model)) is not None:
         entries[META_CONFIG_BLAKE3] = fingerprint
     file, n_bytes = _core.save_prompt_cache_with_size(file_name, caches, entries, format=format, durable=durable)
+    if view is not None and put is not None:
+        wait_stored(view, put)
     return PromptInfo(
         tokens_processed=int(ids.size),
         seconds=time.perf_counter() - start,
@@ -290,6 +293,19 @@ def question_prompt(tokenizer: Any, question: str) -> list[int]:
     mark = "<query>"
     start = templated(mark).index(mark)
     return tokenizer.encode(templated(question)[start:], add_special_tokens=False)
+
+
+def wait_stored(view: View, put: Handle) -> None:
+    """Wait until a prompt is on the disk. Whoever asked for that wants to know if the store has no room for it.
+
+    Raises:
+        OSError: If the disk is full or fails, or the limits of the store leave no room.
+
+    """
+    n_left = put.result().n_in_memory
+    if n_left and view.path is not None:
+        message = f"PromptStore.put: expected room under the store's limits, got none for {n_left} records"
+        raise OSError(errno.ENOSPC, message, str(view.path))
 
 
 def model_fingerprint(model: Any) -> str | None:

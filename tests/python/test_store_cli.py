@@ -126,6 +126,40 @@ def test_a_missing_store_is_an_error_and_is_not_made(action, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_folder_that_cannot_be_one_is_told_with_its_reason(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir(mode=0o700)
+    (tmp_path / "notes" / "a.txt").write_text("")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "format").write_text("")
+    (tmp_path / "open").chmod(0o777)
+    for name, words in (
+        ("file", "Not a directory"),
+        ("empty", "No prompt store there"),
+        ("notes", "expected an empty folder or a prompt store, got a folder with a.txt"),
+        ("open", "expected a folder that only its owner may write to, got one with mode 777"),
+    ):
+        code, _, err = run(capsys, "ls", "--store", tmp_path / name)
+        assert code == 1 and words in err and err.count(str(tmp_path / name)) == 1
+    assert list((tmp_path / "empty").iterdir()) == []
+    with pytest.raises(NotADirectoryError):
+        mlxrs_py.PromptStore(tmp_path / "file")
+
+
+@pytest.mark.parametrize("action", ["ls", "stats", "verify"])
+def test_a_store_that_cannot_be_written_to_can_be_looked_at(action, folder, capsys, monkeypatch):
+    def files():
+        # Where it can, SQLite makes files beside the index to read it.
+        paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("index.sqlite-")]
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    before = files()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert as_json(capsys, action, "--store", folder)
+    assert files() == before
+
+
 def test_the_tree_of_prefixes_is_drawn(folder, capsys, tmp_path):
     # Where matplotlib runs for the first time it may say so.
     code, _, _ = run(capsys, "stats", "--plot", tmp_path / "tree.png", "--store", folder)

@@ -134,7 +134,7 @@ def _save(arguments: argparse.Namespace, model_path: str, store: PromptStore | N
 
 def _put(arguments: argparse.Namespace, model_path: str, store: PromptStore) -> int:
     """Put the prompt into a store."""
-    from mlxrs_py.prompt import chat_prompt
+    from mlxrs_py.prompt import chat_prompt, wait_stored
 
     text = models.read_prompt(arguments.prompt)
     if not text:
@@ -151,7 +151,7 @@ def _put(arguments: argparse.Namespace, model_path: str, store: PromptStore) -> 
     progress = None if arguments.no_progress else _progress()
     start = time.perf_counter()
     _, caches, n_restored = view.prefill(model, tokens, step_size=arguments.prefill_step_size, progress=progress)
-    view.put(tokens, caches, keep=True).result()
+    wait_stored(view, view.put(tokens, caches, keep=True))
     if not arguments.no_progress:
         print(
             f"{len(tokens)} tokens in {time.perf_counter() - start:.1f} s, {n_restored} of them were there, in "

@@ -40,7 +40,7 @@ def add_store_bytes(group: Any) -> None:
         type=size,
         default=32 << 30,
         metavar="N",
-        help="the store stays below; 500MB and 20GB are understood (default: 32GiB)",
+        help="the store stays below; 500MB and 20GB are understood (default: 32 GiB)",
     )
 
 

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mlxrs_py._units import size_text
 from mlxrs_py._wrappers import Wrappers
 from mlxrs_py.serving.prompt_cache import StoredPromptCache
 from mlxrs_py.serving.stored_model import Quantization, StoredModel
@@ -70,10 +71,18 @@ def _stored_model(provider: Any, store: PromptStore) -> StoredModel | None:
     if told.kv_bits is not None:
         quantization = Quantization(told.kv_bits, told.kv_group_size, told.quantized_kv_start)
     try:
-        return StoredModel(store, provider.model, source=source, adapter=adapter, quantization=quantization)
+        stored = StoredModel(store, provider.model, source=source, adapter=adapter, quantization=quantization)
     except Exception:  # whatever it is: the model is served without
         _log.warning("Prompt store: prompts of %s are not stored", source, exc_info=True)
         return None
+    _log.info("Prompt store: %s", _described(store))
+    return stored
+
+
+def _described(store: PromptStore) -> str:
+    stats, tier = store.stats(), "ram" if store.path is None else "disk"
+    held, limit = (size_text(stats[f"{tier}_{what}"]) for what in ("bytes", "limit"))
+    return f"{store.path or 'in memory'}, {stats[f'{tier}_records']} records, {held} of {limit}"
 
 
 def _response_generator_init(original: _Function) -> _Function:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
@@ -52,7 +53,10 @@ class View:
         make_caches: Callable[[], list[Any]],
         identity: str,
         decisions: dict[str, int],
+        path: Path | None,
     ) -> None:
+        #: The store's folder; None if all is in memory.
+        self.path = path
         self._store = store
         self._core = core
         self._make_caches = make_caches

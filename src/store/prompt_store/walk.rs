@@ -169,24 +169,45 @@ pub(super) fn missing(
     let mut chain = Chain::new(space, tokens, block);
     let mut is_missing = |wanted: &Wanted| {
         let Wanted { kind, start, end, .. } = *wanted;
-        if super::record::check_place(kind, start, end, tokens.len(), block).is_err() {
-            return false;
-        }
-        let n_blocks = start / block;
-        let (parent, covered) = (chain.at(n_blocks), &tokens[start..end]);
-        let id = name(&parent, kind, covered);
-        let mut serves = |entry: &Entry, kind: RecordKind| {
-            entry.tokens.starts_with(covered)
-                && chain.hangs_right(entry, kind, n_blocks)
-                && !wanted.worth().replaces(entry.worth())
-        };
-        !trees.iter().any(|tree| {
-            tree.get(&id).is_some_and(|entry| entry.id == id && serves(&entry, kind))
-                || (kind == RecordKind::Rows
-                    && tree.after(&parent, kind, covered).is_some_and(|longer| serves(&longer, kind)))
-        })
+        let can_be = super::record::check_place(kind, start, end, tokens.len(), block).is_ok();
+        can_be && !trees.iter().any(|tree| serving(*tree, &mut chain, wanted).is_some())
     };
     wanted.iter().map(&mut is_missing).collect()
+}
+
+/// The records of one tree that have what is `wanted`.
+pub(super) fn present(
+    tree: &dyn Tree,
+    space: &Space,
+    tokens: &[u32],
+    block: usize,
+    wanted: &[Wanted],
+) -> Vec<RecordId> {
+    let mut chain = Chain::new(space, tokens, block);
+    let can_be = |wanted: &&Wanted| {
+        super::record::check_place(wanted.kind, wanted.start, wanted.end, tokens.len(), block).is_ok()
+    };
+    let found = wanted.iter().filter(can_be).filter_map(|wanted| serving(tree, &mut chain, wanted));
+    found.map(|entry| entry.id).collect()
+}
+
+/// The record that has what is `wanted`: one of its name, or rows that go on where it ends.
+fn serving(tree: &dyn Tree, chain: &mut Chain<'_>, wanted: &Wanted) -> Option<Arc<Entry>> {
+    let Wanted { kind, start, end, .. } = *wanted;
+    let n_blocks = start / chain.block;
+    let (parent, covered) = (chain.at(n_blocks), &chain.tokens[start..end]);
+    let id = name(&parent, kind, covered);
+    let mut serves = |entry: &Arc<Entry>| {
+        entry.tokens.starts_with(covered)
+            && chain.hangs_right(entry, kind, n_blocks)
+            && !wanted.worth().replaces(entry.worth())
+    };
+    let same = tree.get(&id).filter(|entry| entry.id == id);
+    let same = same.filter(&mut serves);
+    if same.is_some() || kind != RecordKind::Rows {
+        return same;
+    }
+    tree.after(&parent, kind, covered).filter(serves)
 }
 
 fn common(a: &[u32], b: &[u32]) -> usize {

@@ -40,7 +40,8 @@ impl Recorder {
     }
 
     /// Takes note that `tokens.len()` tokens are in the caches, whose leaves are given. Full blocks are stored, and the
-    /// states; with `is_last` the block that is not full too. `keep`: the state is not to be thinned.
+    /// states; with `is_last` the block that is not full too. `keep`: the state is not to be thinned. The handles tell of
+    /// all of them, of those too that another put has in hand.
     ///
     /// # Errors
     /// [`Error::Value`] if the caches are not at that token, [`Error::Mlx`] if they cannot be computed.
@@ -62,7 +63,9 @@ impl Recorder {
         self.at = n_tokens;
         let wanted = self.wanted(n_tokens, is_last, keep);
         let missing = self.view.store.missing(&self.view.space, tokens, &wanted);
-        let mut handles = Vec::new();
+        let present: Vec<_> =
+            wanted.iter().zip(&missing).filter_map(|(wanted, &is)| (!is).then_some(*wanted)).collect();
+        let mut handles: Vec<_> = self.view.store.put_again(&self.view.space, tokens, &present).into_iter().collect();
         let mut batch = Batch::default();
         for wanted in wanted.iter().zip(missing).filter_map(|(wanted, is_missing)| is_missing.then_some(wanted)) {
             batch.add(match wanted.kind {
