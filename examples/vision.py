@@ -15,6 +15,12 @@ import mlxrs_py  # first: on Linux CPUs it brings MLX a fast BLAS
 # isort: split
 import mlx.core as mx
 
+QUESTIONS = ("What is a prefix?", "What is a prefix? Answer in one word.")
+
+
+def messages(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"You are a terse teacher of languages. {question}"}]
+
 
 def answer(language: Any, view: Any, prompt: list[int], n_tokens: int) -> tuple[list[int], int]:
     """Give the tokens of a greedy answer, and how many of the prompt were there."""
@@ -39,9 +45,8 @@ def main() -> None:
     tokenizer = getattr(processor, "tokenizer", processor)
     with mlxrs_py.PromptStore(Path(sys.argv[1])) as store:
         view = store.view(model.language_model, source=sys.argv[2])
-        for question in ("What is a prefix?", "What is a prefix? Answer in one word."):
-            messages = [{"role": "user", "content": f"You are a terse teacher of languages. {question}"}]
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        for question in QUESTIONS:
+            prompt = tokenizer.apply_chat_template(messages(question), add_generation_prompt=True, return_dict=False)
             tokens, n_restored = answer(model.language_model, view, prompt, 20)
             print(f"{question} [{n_restored} of {len(prompt)} tokens were there]\n{tokenizer.decode(tokens)}")
 

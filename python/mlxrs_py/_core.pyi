@@ -939,8 +939,8 @@ class StoreRecorder:
 class StorePut:
     """Records on their way to the disk."""
 
-    def wait(self, timeout: float | None = None) -> tuple[int, int]:
-        """Wait until the records are durable; give their number and bytes.
+    def wait(self, timeout: float | None = None) -> tuple[int, int, int]:
+        """Wait until the records are durable; give their number and bytes, and how many the disk has no room for.
 
         Errors: OSError if the disk is full or fails, TimeoutError after ``timeout`` seconds.
         """

@@ -23,6 +23,8 @@ from mlxrs_py.prefill import prefill
 if TYPE_CHECKING:
     import numpy as np
 
+    from mlxrs_py.store import Handle, PromptStore, View
+
 __all__ = [
     "PromptInfo",
     "cache_prompt",
@@ -31,6 +33,7 @@ __all__ = [
     "load_model",
     "model_fingerprint",
     "question_prompt",
+    "wait_stored",
 ]
 
 #: Metadata keys of mlx-lm.
@@ -53,7 +56,7 @@ class PromptInfo:
     tokens_processed: int
     #: Seconds of prefill and saving.
     seconds: float
-    #: Tokens per second of the prefill alone.
+    #: Tokens per second of the prefill alone, without those that were restored.
     tokens_per_second: float
     #: Most bytes that MLX held at once.
     peak_memory: int
@@ -61,6 +64,8 @@ class PromptInfo:
     file: Path
     #: Its size in bytes.
     n_bytes: int
+    #: Of the tokens, those that came from a store.
+    tokens_restored: int = 0
 
 
 def cache_prompt_ids(
@@ -80,6 +85,7 @@ def cache_prompt_ids(
     format: str = "0.32",  # noqa: A002  (the name of the file's format, as in save_prompt_cache)
     durable: bool = True,
     progress: Callable[[int, int], object] | bool | None = None,
+    view: View | None = None,
 ) -> PromptInfo:
     """Run token ids through a model into fresh caches and save them.
 
@@ -99,15 +105,19 @@ def cache_prompt_ids(
         format: The mlx-lm whose layout the file gets: "0.32" or "0.31".
         durable: The file survives a crash of the machine from the moment this returns.
         progress: As for :func:`mlxrs_py.prefill`.
+        view: Where the prompt is put too; what is there already is not computed. It makes the caches, quantized or not.
 
     Raises:
-        ValueError: For an empty prompt or metadata that a file cannot hold, before any work; no file is written.
+        ValueError: For an empty prompt, metadata that a file cannot hold, or ``config`` or ``max_kv_size`` with a view,
+            before any work; no file is written.
         OSError: If the file cannot be written; an older one then stays as it was. A missing folder, or a folder in
-            place of the file, is told before any work.
+            place of the file, is told before any work. If the store cannot take the prompt; the file is written then.
 
     """
     ids = _token_ids(tokens)
     _check_target(file_name)
+    if view is not None:
+        _check_stored("cache_prompt_ids", config, max_kv_size)
     entries = dict(metadata or {})
     entries.pop(META_CONFIG_BLAKE3, None)
     entries[META_MODEL] = model_id
@@ -116,31 +126,39 @@ def cache_prompt_ids(
     entries[META_TOKENS_BLAKE3] = _core.blake3_hex(ids.astype("<i8").tobytes())
     _core.check_save(entries, format)
 
-    caches = config.make() if config is not None else make_prompt_cache(model, max_kv_size)
+    n_restored, put = 0, None
     mx.reset_peak_memory()
     start = time.perf_counter()
-    prefill(
-        model,
-        mx.array(ids),
-        caches,
-        step_size=step_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start,
-        progress=progress,
-    )
+    if view is not None:
+        _, caches, n_restored = view.prefill(model, ids, step_size=step_size, progress=progress)
+        put = view.put(ids, caches, keep=True)
+    else:
+        caches = config.make() if config is not None else make_prompt_cache(model, max_kv_size)
+        prefill(
+            model,
+            mx.array(ids),
+            caches,
+            step_size=step_size,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            progress=progress,
+        )
     prefilled = time.perf_counter()
     # Not earlier: it evaluates, and in a forked child only the prefill raises instead of hanging.
     if (fingerprint := model_fingerprint(model)) is not None:
         entries[META_CONFIG_BLAKE3] = fingerprint
     file, n_bytes = _core.save_prompt_cache_with_size(file_name, caches, entries, format=format, durable=durable)
+    if view is not None and put is not None:
+        wait_stored(view, put)
     return PromptInfo(
         tokens_processed=int(ids.size),
         seconds=time.perf_counter() - start,
-        tokens_per_second=ids.size / max(prefilled - start, 1e-9),
+        tokens_per_second=(ids.size - n_restored) / max(prefilled - start, 1e-9),
         peak_memory=mx.get_peak_memory(),
         file=Path(file),
         n_bytes=n_bytes,
+        tokens_restored=n_restored,
     )
 
 
@@ -162,6 +180,7 @@ def cache_prompt(
     format: str = "0.32",  # noqa: A002  (the name of the file's format, as in save_prompt_cache)
     durable: bool = True,
     progress: Callable[[int, int], object] | bool | None = None,
+    store: PromptStore | None = None,
 ) -> PromptInfo:
     """Load a model through mlx-lm, run one user message through it and save the caches.
 
@@ -185,16 +204,21 @@ def cache_prompt(
         format: The mlx-lm whose layout the file gets: "0.32" or "0.31".
         durable: The file survives a crash of the machine from the moment this returns.
         progress: As for :func:`mlxrs_py.prefill`.
+        store: Where the prompt is put too; what is there already is not computed. ``kv_bits`` then holds from the first
+            token on.
 
     Raises:
         ImportError: If mlx-lm is not installed.
-        ValueError: For an empty prompt or metadata that a file cannot hold, before the model is loaded.
+        ValueError: For an empty prompt, metadata that a file cannot hold, or ``config`` or ``max_kv_size`` with a
+            store, before the model is loaded.
         OSError: If the file cannot be written; an older one then stays as it was.
 
     """
     if not prompt:
         raise ValueError("cache_prompt: expected a text, got an empty prompt")
     _check_target(file_name)
+    if store is not None:
+        _check_stored("cache_prompt", config, max_kv_size)
     _core.check_save(dict(metadata or {}), format)
     tokenizer_config: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if eos_token is not None:
@@ -202,6 +226,9 @@ def cache_prompt(
     model, tokenizer = load_model(
         model_path, adapter_path=adapter_path, tokenizer_config=tokenizer_config, trust_remote_code=trust_remote_code
     )
+    view = None
+    if store is not None:
+        view = store.view(model, source=model_path, adapter=adapter_path, kv_bits=kv_bits, kv_group_size=kv_group_size)
     return cache_prompt_ids(
         model,
         chat_prompt(tokenizer, prompt),
@@ -218,6 +245,7 @@ def cache_prompt(
         format=format,
         durable=durable,
         progress=progress,
+        view=view,
     )
 
 
@@ -267,6 +295,19 @@ def question_prompt(tokenizer: Any, question: str) -> list[int]:
     return tokenizer.encode(templated(question)[start:], add_special_tokens=False)
 
 
+def wait_stored(view: View, put: Handle) -> None:
+    """Wait until a prompt is on the disk. Whoever asked for that wants to know if the store has no room for it.
+
+    Raises:
+        OSError: If the disk is full or fails, or the limits of the store leave no room.
+
+    """
+    n_left = put.result().n_in_memory
+    if n_left and view.path is not None:
+        message = f"PromptStore.put: expected room under the store's limits, got none for {n_left} records"
+        raise OSError(errno.ENOSPC, message, str(view.path))
+
+
 def model_fingerprint(model: Any) -> str | None:
     """Hash what tells a model from others: its arguments; names, shapes and dtypes of its weights; a sample of each.
 
@@ -297,6 +338,11 @@ def _sample(weights: list[mx.array]) -> bytes:
     rows = [(row.astype(mx.uint8) if row.dtype == mx.bool_ else row.view(mx.uint8)) for row in rows]
     mx.eval(rows)
     return b"".join(np.asarray(row).tobytes() for row in rows)
+
+
+def _check_stored(op: str, config: CacheConfig | None, max_kv_size: int | None) -> None:
+    if config is not None or max_kv_size is not None:
+        raise ValueError(f"{op}: expected a store or one of config and max_kv_size, got both")
 
 
 def _check_target(file_name: str | PathLike[str]) -> None:

@@ -307,15 +307,15 @@ pub(super) struct PyPutHandle(PutHandle);
 
 #[pymethods]
 impl PyPutHandle {
-    /// Waits until the records are durable; gives their number and bytes.
+    /// Waits until the records are durable; gives their number and bytes, and how many the disk has no room for.
     #[pyo3(signature = (timeout = None))]
-    fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<(usize, u64)> {
+    fn wait(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<(usize, u64, usize)> {
         // In slices, so that Ctrl-C is heard.
         let mut left = timeout.map(|seconds| Duration::from_secs_f64(seconds.clamp(0.0, 1e9)));
         loop {
             let slice = left.map_or(SLICE, |left| left.min(SLICE));
             match py.detach(|| self.0.wait(Some(slice)))? {
-                Some(report) => return Ok((report.n_written, report.n_bytes)),
+                Some(report) => return Ok((report.n_written, report.n_bytes, report.n_in_memory)),
                 None => py.check_signals()?,
             }
             if let Some(rest) = &mut left {

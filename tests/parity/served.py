@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlxrs_py
 
@@ -101,6 +102,11 @@ def wait_for_writes(folder: Path, seconds: float = 1.5) -> None:
                 seen, since = now, time.monotonic()
 
 
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
+
+
 @contextlib.contextmanager
 def serve(code: str, *arguments: str) -> Iterator[Server]:
     """Run the server on a free port until the end of the block, unless it was killed by then."""
@@ -108,20 +114,23 @@ def serve(code: str, *arguments: str) -> Iterator[Server]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", code, *arguments, "--port", str(port)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipe = subprocess.PIPE
+    # A pipe would be full after some hundreds of requests, each of which is logged.
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process,
+    ):
         server = Server(port, process)
         try:
             while not server.is_up():
-                assert process.poll() is None, process.stderr.read()
+                assert process.poll() is None, _text(errors)
                 time.sleep(0.1)
             yield server
             if process.poll() == -signal.SIGKILL:
                 return
             process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=60)
+            assert process.returncode == 0, _text(errors)
         finally:
             process.kill()
-    assert process.returncode == 0, errors
     server.counts = json.loads(output.splitlines()[-1])

@@ -216,6 +216,30 @@ def test_the_limit_of_the_store_holds(alone, folder, tmp_path):
 
 
 @both_paths
+def test_what_is_computed_faster_than_restored_is_computed(alone, folder, store):
+    """The server measures what a prompt takes; how fast restores are is set here."""
+    messages, options = chat(), options_of(alone)
+    n_all = n_tokens(*messages) - 1
+
+    def decided(restores_per_second):
+        forget(server)
+        for _ in range(200):
+            store._core.note_rate("restore", restores_per_second)
+        return server.ask(messages, **options).n_cached, store.stats()["decisions"]
+
+    with mlxrs_py.install(store=store), local_server(folder("qwen3"), "--prefill-step-size", "512") as server:
+        server.ask(messages, **options)
+        assert store.stats()["decisions"] == {"restored": 0, "recomputed": 0, "missed": 1}
+        assert decided(1e-3) == (0, {"restored": 0, "recomputed": 1, "missed": 1})
+        # What memory has needs no decision.
+        assert server.ask(messages, **options).n_cached == n_all
+        assert decided(1e15) == (n_all, {"restored": 1, "recomputed": 1, "missed": 1})
+        # One restore in 16 is tried all the same: what was slow once may be so no longer.
+        found = [decided(1e-3)[0] for _ in range(16)]
+        assert sorted(found) == [0] * 15 + [n_all]
+
+
+@both_paths
 @pytest.mark.parametrize("start", [0, 100])
 def test_quantized_caches_are_stored_as_they_are(alone, start, folder, store):
     quantized = ("--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", str(start))

@@ -1,8 +1,12 @@
 """A prompt store, seen from Python: what is found, restored, stored and refused. Any model will do."""
 
+import errno
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -275,3 +279,55 @@ def test_a_forked_child_is_told(store):
             code = 0
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+#: Files may grow to 200 kB, which the index needs, and records do not fit.
+FULL = """
+import resource
+import sys
+
+import mlxrs_py
+from tiny import TinyModel
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+model, prompt = TinyModel(), [(7 * i * i + 3 * i) % 61 for i in range(600)]
+with mlxrs_py.PromptStore(sys.argv[1]) as store:
+    view = store.view(model)
+    _, caches, _ = view.prefill(model, prompt, step_size=128)
+    for _ in range(2):
+        try:
+            view.put(prompt, caches).result()
+        except OSError as error:
+            print(error.filename is not None and sys.argv[1] in error.filename)
+    print(view.lookup(prompt).n_tokens)
+"""
+
+
+def test_a_put_tells_of_what_an_earlier_one_could_not_write(tmp_path):
+    command = [sys.executable, "-c", FULL, str(tmp_path / "store")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    # It is in memory all the same.
+    assert result.stdout.splitlines() == ["True", "True", "599"], result.stderr
+
+
+def test_a_handle_waits_for_what_an_earlier_put_has_in_hand(tmp_path):
+    model = TinyModel()
+    with mlxrs_py.PromptStore(tmp_path / "store", block_tokens=16) as store:
+        view = store.view(model)
+        _, caches, _ = run(view, model, PROMPT)
+        view.put(PROMPT, caches).result()
+        stats = store.stats()
+        assert (stats["ram_records"], stats["disk_records"]) == (0, 7)
+
+
+def test_a_store_without_room_says_so_to_whoever_asks_for_its_prompt(tmp_path):
+    model = TinyModel()
+    with mlxrs_py.PromptStore(tmp_path / "store", block_tokens=16, write_bytes_per_day=10_000) as store:
+        view = store.view(model)
+        _, caches, _ = run(view, model, PROMPT)
+        assert view.put(PROMPT, caches).result().n_in_memory > 0
+        with pytest.raises(OSError, match="expected room under the store's limits") as raised:
+            mlxrs_py.cache_prompt_ids(model, PROMPT, tmp_path / "file", view=view)
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path / "store")
+    assert (tmp_path / "file.safetensors").exists()

@@ -6,9 +6,15 @@ import pty
 import subprocess
 import sys
 
-import pytest
-
 import mlxrs_py
+
+# isort: split
+# Before this, the BLAS that serves MLX was chosen.
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxrs_py.cache import load_prompt_cache
 from mlxrs_py.cli import main
 from mlxrs_py.store.plot import plot
 from tiny import TinyModel
@@ -39,6 +45,10 @@ def as_json(capsys, *arguments):
     code, out, _ = run(capsys, *arguments, "--json")
     assert code == 0
     return json.loads(out)
+
+
+def leaves(cache):
+    return [array for _, array in tree_flatten(cache.state)]
 
 
 def test_records_are_listed_parents_first(folder, capsys):
@@ -138,6 +148,40 @@ def test_a_missing_store_is_an_error_and_is_not_made(action, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_folder_that_cannot_be_one_is_told_with_its_reason(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir(mode=0o700)
+    (tmp_path / "notes" / "a.txt").write_text("")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "format").write_text("")
+    (tmp_path / "open").chmod(0o777)
+    for name, words in (
+        ("file", "Not a directory"),
+        ("empty", "No prompt store there"),
+        ("notes", "expected an empty folder or a prompt store, got a folder with a.txt"),
+        ("open", "expected a folder that only its owner may write to, got one with mode 777"),
+    ):
+        code, _, err = run(capsys, "ls", "--store", tmp_path / name)
+        assert code == 1 and words in err and err.count(str(tmp_path / name)) == 1
+    assert list((tmp_path / "empty").iterdir()) == []
+    with pytest.raises(NotADirectoryError):
+        mlxrs_py.PromptStore(tmp_path / "file")
+
+
+@pytest.mark.parametrize("action", ["ls", "stats", "verify"])
+def test_a_store_that_cannot_be_written_to_can_be_looked_at(action, folder, capsys, monkeypatch):
+    def files():
+        # Where it can, SQLite makes files beside the index to read it.
+        paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("index.sqlite-")]
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    before = files()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert as_json(capsys, action, "--store", folder)
+    assert files() == before
+
+
 def test_the_tree_of_prefixes_is_drawn(folder, capsys, tmp_path):
     # Where matplotlib runs for the first time it may say so.
     code, _, _ = run(capsys, "stats", "--plot", tmp_path / "tree.png", "--store", folder)
@@ -168,7 +212,9 @@ def test_without_matplotlib_the_extra_is_named(folder, capsys, tmp_path, monkeyp
     [
         (["generate", "--prompt", "x"], "--store"),
         (["generate", "--prompt", "x", "--store", "a", "--prompt-cache-file", "b"], "not allowed"),
-        (["cache-prompt", "--prompt", "x"], "--store"),
+        (["cache-prompt", "--prompt", "x"], "at least one of --prompt-cache-file and --store"),
+        (["cache-prompt", "--prompt", "x", "--store", "a", "--metadata", "k=v"], "need --prompt-cache-file"),
+        (["cache-prompt", "--prompt", "x", "--store", "a", "--max-kv-size", "9"], "--max-kv-size does not go with"),
         (["store"], "COMMAND"),
         (["store", "prune", "--to", "much"], "500MB"),
     ],
@@ -192,3 +238,36 @@ def test_a_prompt_that_was_cached_in_a_store_answers_from_it(tmp_path, capsys):
     assert 80 < first["cached_tokens"] < first["prompt_tokens"]
     assert again["cached_tokens"] == again["prompt_tokens"] - 2
     assert again["text"] == first["text"] and "Bob" in first["text"]
+
+
+@needs_mlx_lm
+@pytest.mark.parametrize("quantized", [[], ["--kv-bits", "8"]], ids=["plain", "quantized"])
+def test_a_prompt_goes_into_a_file_and_a_store_in_one_call(quantized, tmp_path, capsys):
+    text = "Alice has a red bicycle. Bob has a blue car. " * 8
+    command = ["cache-prompt", "--prompt", text, "--store", str(tmp_path / "store"), *quantized]
+    outputs = []
+    for name in ("first", "again"):
+        place = ["--prompt-cache-file", str(tmp_path / name), "--metadata", f"name={name}"]
+        assert main([*command, *place]) == 0
+        outputs.append(capsys.readouterr().err)
+    n_tokens = int(outputs[0].split("tokens in")[0].split()[-1])
+    assert ", 0 of them were there" in outputs[0] and f", {n_tokens - 1} of them were there" in outputs[1]
+    assert "first.safetensors and in " in outputs[0]
+    files = [load_prompt_cache(tmp_path / name, return_metadata=True) for name in ("first", "again")]
+    assert [metadata["name"] for _, metadata in files] == ["first", "again"]
+    for a, b in zip(*(caches for caches, _ in files), strict=True):
+        assert type(a) is type(b) and a.offset == b.offset == n_tokens
+        assert (getattr(a, "bits", None) == 8) == bool(quantized)
+        for x, y in zip(leaves(a), leaves(b), strict=True):
+            assert mx.array_equal(x, y)
+    ask = ["generate", "--prompt", " Who has a car?", "-m", "8", "--json"]
+    assert main([*ask, "--prompt-cache-file", str(tmp_path / "again")]) == 0
+    assert "Bob" in json.loads(capsys.readouterr().out)["text"]
+
+
+@pytest.mark.parametrize("more", [{"max_kv_size": 64}, {"config": mlxrs_py.CacheConfig(2)}])
+def test_a_store_takes_whole_prompts_only(more, tmp_path):
+    model = TinyModel()
+    with mlxrs_py.PromptStore(disk_bytes=0) as store, pytest.raises(ValueError, match="got both"):
+        mlxrs_py.cache_prompt_ids(model, PROMPT, tmp_path / "file", view=store.view(model), **more)
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["main", "plain"]
+__all__ = ["HelpFormatter", "main", "plain"]
 
 _EXIT_ERROR = 1
 _EXIT_INTERRUPTED = 130
@@ -72,7 +72,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"mlxrs-py: warning: {message}", file=sys.stderr)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Lists commands without the line that only says COMMAND."""
 
     def _format_action(self, action: argparse.Action) -> str:
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="mlxrs-py",
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
         description="Cache prompts of language models in files, and answer from them.",
         epilog=_EXAMPLES,
     )

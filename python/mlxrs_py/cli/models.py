@@ -39,7 +39,7 @@ def add_store_bytes(group: Any) -> None:
         "--store-bytes",
         type=size,
         metavar="N",
-        help="the store stays below, from now on; 500MB and 20GB are understood (default: as before, or 32GiB)",
+        help="the store stays below, from now on; 500MB and 20GB are understood (default: as before, or 32 GiB)",
     )
 
 

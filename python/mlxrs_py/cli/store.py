@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxrs_py._units import size_text
-from mlxrs_py.cli import models, plain
+from mlxrs_py.cli import HelpFormatter, models, plain
 
 if TYPE_CHECKING:
     from mlxrs_py.store import PromptStore
@@ -32,6 +32,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "store",
         help="look into a store of prompts, check it, make room",
+        formatter_class=HelpFormatter,
         description="Look into a store of prompts, check it, make room. See docs/prompt-store.md.",
     )
     place = argparse.ArgumentParser(add_help=False, parents=[common])
@@ -69,9 +70,14 @@ def _opened(arguments: argparse.Namespace) -> PromptStore:
     from mlxrs_py.store.prompt_store import default_path
 
     folder = default_path() if arguments.store is None else Path(arguments.store)
-    if not folder.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-    return PromptStore(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise FileNotFoundError(errno.ENOENT, "No prompt store there", str(folder))
+    # On a disk that takes no writes it can still be looked at.
+    is_a_look = arguments.run in (_ls, _stats) or (arguments.run is _verify and not arguments.repair)
+    read_only = is_a_look and not os.access(folder, os.W_OK)
+    return PromptStore(folder, read_only=read_only)
 
 
 def _ls(arguments: argparse.Namespace) -> int:
@@ -88,7 +94,8 @@ def _ls(arguments: argparse.Namespace) -> int:
 def _stats(arguments: argparse.Namespace) -> int:
     with _opened(arguments) as store:
         stats, records = store.stats(), store.ls()
-    facts = {name: stats[name] for name in _OF_ALL_PROCESSES}
+    facts: dict[str, Any] = {"folder": str(store.path)}
+    facts |= {name: stats[name] for name in _OF_ALL_PROCESSES}
     facts["models"] = len({record["space"] for record in records})
     facts["pinned"] = sum(record["pinned"] for record in records)
     facts["hits"] = sum(record["hits"] for record in records)

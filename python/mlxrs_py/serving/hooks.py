@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mlxrs_py._units import size_text
 from mlxrs_py._wrappers import Wrappers
 from mlxrs_py.serving.prompt_cache import StoredPromptCache
 from mlxrs_py.serving.stored_model import Quantization, StoredModel
@@ -69,10 +71,18 @@ def _stored_model(provider: Any, store: PromptStore) -> StoredModel | None:
     if told.kv_bits is not None:
         quantization = Quantization(told.kv_bits, told.kv_group_size, told.quantized_kv_start)
     try:
-        return StoredModel(store, provider.model, source=source, adapter=adapter, quantization=quantization)
+        stored = StoredModel(store, provider.model, source=source, adapter=adapter, quantization=quantization)
     except Exception:  # whatever it is: the model is served without
         _log.warning("Prompt store: prompts of %s are not stored", source, exc_info=True)
         return None
+    _log.info("Prompt store: %s", _described(store))
+    return stored
+
+
+def _described(store: PromptStore) -> str:
+    stats, tier = store.stats(), "ram" if store.path is None else "disk"
+    held, limit = (size_text(stats[f"{tier}_{what}"]) for what in ("bytes", "limit"))
+    return f"{store.path or 'in memory'}, {stats[f'{tier}_records']} records, {held} of {limit}"
 
 
 def _response_generator_init(original: _Function) -> _Function:
@@ -116,11 +126,16 @@ def _stream_generate(original: _Function) -> _Function:
             n_before = len(prompt) - len(options["prompt"])
             recording, caches, report = stored.recording(), options["prompt_cache"], options["prompt_progress_callback"]
 
+            n_timed, since = 0, time.perf_counter()
+
             def progress(n_done: int, n_total: int) -> None:
+                nonlocal n_timed, since
+                stored.computed(n_done - n_timed, time.perf_counter() - since)
                 report(n_done, n_total)
                 # At the end the caches already hold the first token of the answer.
                 if 0 < n_done < n_total:
                     recording.note(prompt[: n_before + n_done], caches, is_last=n_done + 1 == n_total)
+                n_timed, since = n_done, time.perf_counter()
 
             options["prompt_progress_callback"] = progress
         return original(*args, **options)
@@ -132,10 +147,12 @@ def _prompt(original: _Function) -> _Function:
     """Wrap how prompts of a batch are computed, a chunk of each at a time."""
 
     def prompt(self: Any, tokens: list[list[int]]) -> None:
+        start = time.perf_counter()
         original(self, tokens)
         stored = _of_thread(self.model)
         if stored is None or not tokens:
             return
+        stored.computed(sum(map(len, tokens)), time.perf_counter() - start)
         before = getattr(self, "_recordings", {})
         self._recordings = {uid: before.get(uid) or stored.recording() for uid in self.uids}
         for place, (uid, so_far) in enumerate(zip(self.uids, self.tokens, strict=True)):

@@ -19,8 +19,12 @@ __all__ = ["Quantization", "Recording", "StoredModel"]
 #: Prompts that are remembered until their answers are there: as many as a server works on at once.
 _MOST_RECORDINGS = 40
 
-#: A restore must bring more than this part of its tokens, and so many, over what is in memory: it reads all of them.
+#: Until rates are measured a restore must bring more than this part of its tokens, and so many, over what is in memory:
+#: it reads all of them.
 _LEAST_PART, _LEAST_GAIN = 16, 8
+
+#: Fewer tokens at a time tell nothing of how fast long prompts are computed.
+_LEAST_TIMED = 128
 
 _log = logging.getLogger("mlxrs_py")
 
@@ -85,16 +89,31 @@ class StoredModel:
         self._recordings: deque[Recording] = deque(maxlen=_MOST_RECORDINGS)
 
     def restore(self, tokens: list[int], *, beyond: int) -> tuple[list[Any], int] | None:
-        """Give caches with clearly more than ``beyond`` of the tokens, not all, and how many; else None."""
+        """Give caches with more than ``beyond`` of the tokens, not all, and how many; None if computing is faster."""
         with _logged("looking up a prompt"):
+            has_more = False
             for view, least in ((self._quantized, self._quantized_start), (self._plain, 0)):
-                if view is None or not _is_worth(view.lookup(tokens).n_tokens, beyond, least):
+                if view is None or (found := view.lookup(tokens)).n_tokens <= beyond or found.n_tokens < least:
+                    continue
+                has_more = True
+                is_faster = view.is_faster(found, beyond)
+                if is_faster is False or (is_faster is None and not _is_worth(found.n_tokens, beyond)):
+                    _log.info("Prompt store: %d tokens that it has are computed instead", found.n_tokens - beyond)
                     continue
                 caches, n_tokens = view.restore(tokens)
                 if n_tokens > beyond and n_tokens >= least:
+                    view.count("restored")
                     _log.info("Prompt store: %d of %d tokens restored", n_tokens, len(tokens))
                     return caches, n_tokens
+            if has_more or beyond == 0:
+                self._plain.count("recomputed" if has_more else "missed")
         return None
+
+    def computed(self, n_tokens: int, seconds: float) -> None:
+        """Note how long it took to compute a part of a prompt, or of several at once."""
+        if n_tokens >= _LEAST_TIMED:
+            with _logged("noting a rate"):
+                self._plain.note_prefill(n_tokens, seconds)
 
     def put(self, tokens: list[int], caches: list[Any]) -> None:
         """Store caches that hold exactly the tokens, which are the end of a message."""
@@ -163,8 +182,8 @@ class Recording:
             model._writing.append(Handle(handles))
 
 
-def _is_worth(n_tokens: int, beyond: int, least: int) -> bool:
-    return n_tokens >= least and n_tokens - beyond >= max(_LEAST_GAIN, n_tokens // _LEAST_PART)
+def _is_worth(n_tokens: int, beyond: int) -> bool:
+    return n_tokens - beyond >= max(_LEAST_GAIN, n_tokens // _LEAST_PART)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ class PutReport(NamedTuple):
     n_records: int
     #: Their bytes.
     n_bytes: int
+    #: Records that stay in memory only: there is no disk, or no room under its limits.
+    n_in_memory: int = 0
 
 
 class Handle:
@@ -46,7 +48,7 @@ class Handle:
 
         """
         reports = [part.wait(timeout) for part in self._parts]
-        return PutReport(sum(n for n, _ in reports), sum(n for _, n in reports))
+        return PutReport(*map(sum, zip(*reports, strict=True))) if reports else PutReport(0, 0)
 
     def done(self) -> bool:
         """Tell whether there is nothing left to wait for."""
@@ -70,9 +72,9 @@ class PromptStore:
         allow_network: Take a folder on a network file system, whose locks may not hold between machines.
 
     Raises:
-        PermissionError: If the folder is someone else's, or others may write to it.
         OSError: If the folder cannot be made or used.
-        ValueError: For a store of a later version, or sizes that make no sense.
+        ValueError: If the folder is someone else's, others may write to it, it is no store or a later one, or
+            sizes make no sense.
 
     """
 
@@ -146,7 +148,7 @@ class PromptStore:
             ]
 
         core = self._core.view(identity + namespace.encode(), make_caches())
-        return View(self._core, core, make_caches, identity.hex(), self._decisions)
+        return View(self._core, core, make_caches, identity.hex(), self._decisions, self.path)
 
     def stats(self) -> dict[str, Any]:
         """Give numbers of the store.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Lookup", "View"]
 
 _POLICIES = ("auto", "restore", "recompute")
+
+#: So many times a restore is taken for slower, then it is tried.
+_TRIED_AGAIN = 16
 
 
 class Lookup(NamedTuple):
@@ -49,12 +53,16 @@ class View:
         make_caches: Callable[[], list[Any]],
         identity: str,
         decisions: dict[str, int],
+        path: Path | None,
     ) -> None:
+        #: The store's folder; None if all is in memory.
+        self.path = path
         self._store = store
         self._core = core
         self._make_caches = make_caches
         self._rate_name = f"prefill {identity}"
         self._decisions = decisions
+        self._n_slower = 0
 
     def lookup(
         self, tokens: list[int] | np.ndarray | mx.array, *, step_size: int = 2048, exact: bool = False
@@ -181,22 +189,43 @@ class View:
             )
         computed = total - n_restored
         if computed >= min(step_size, 256):
-            self._store.note_rate(self._rate_name, computed / max(time.perf_counter() - start, 1e-6))
+            self.note_prefill(computed, time.perf_counter() - start)
         return logits, caches, n_restored
 
     def _begin(self, ids: np.ndarray, step_size: int, exact: bool, policy: str) -> tuple[list[Any], int, bool]:
         if policy != "recompute":
             found = self.lookup(ids, step_size=step_size, exact=exact)
-            if policy == "restore" or self._is_faster(found):
+            if policy == "restore" or self.is_faster(found) is not False:
                 caches, n_restored, is_exact = self._restore(ids, step_size, exact)
-                self._decisions["restored" if n_restored else "missed"] += 1
+                self.count("restored" if n_restored else "missed")
                 return caches, n_restored, is_exact
-        self._decisions["recomputed"] += 1
+        self.count("recomputed")
         return self._make_caches(), 0, True
 
-    def _is_faster(self, found: Lookup) -> bool:
+    def is_faster(self, found: Lookup, n_at_hand: int = 0) -> bool | None:
+        """Tell by the rates measured so far whether a restore takes less time than computing; None without rates.
+
+        Args:
+            found: What a restore would give.
+            n_at_hand: Tokens that need not be computed, and that a restore reads all the same.
+
+        """
         rate = self._store.rate(self._rate_name)
-        return found.seconds is None or rate is None or found.seconds < found.n_tokens / rate
+        if found.seconds is None or rate is None:
+            return None
+        if found.seconds < (found.n_tokens - n_at_hand) / rate:
+            return True
+        # A rate that one slow restore has spoilt would otherwise never be measured again.
+        self._n_slower += 1
+        return self._n_slower % _TRIED_AGAIN == 0 and n_at_hand < found.n_tokens
+
+    def note_prefill(self, n_tokens: int, seconds: float) -> None:
+        """Take the time that computing tokens of a prompt took into the rate that :meth:`is_faster` compares."""
+        self._store.note_rate(self._rate_name, n_tokens / max(seconds, 1e-6))
+
+    def count(self, decision: str) -> None:
+        """Count what was done with a prompt: "restored", "recomputed" or "missed"."""
+        self._decisions[decision] += 1
 
     def pin(self, tokens: list[int] | np.ndarray | mx.array) -> int:
         """Keep the records of a prompt from eviction; give how many there are."""

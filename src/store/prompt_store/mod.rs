@@ -203,6 +203,29 @@ impl PromptStore {
         Ok(handle)
     }
 
+    /// Looks after those of `wanted`, over `tokens`, that are in memory and not on the disk, as [`put`](Self::put) does
+    /// with new records: they wait to be written, or the disk refused them. None if there are none, or no disk.
+    pub fn put_again(&self, space: &Space, tokens: &[u32], wanted: &[Wanted]) -> Option<PutHandle> {
+        if self.check("put").is_err() || !self.shared.disk().is_some_and(|disk| disk.is_writable()) {
+            return None;
+        }
+        let mut ram = self.ram();
+        let ids = walk::present(&*ram, space, tokens, self.options.block_tokens, wanted);
+        let records: Vec<_> = ids.iter().filter_map(|id| ram.queue(id)).collect();
+        drop(ram);
+        if records.is_empty() {
+            return None;
+        }
+        // They take no room that they did not take before.
+        if let Err(error) = self.shared.enter(0, u64::MAX) {
+            return Some(PutHandle::finished(Err(error)));
+        }
+        let handle = PutHandle::default();
+        let job = Job { space: *space, tokens: tokens.to_vec(), records, n_bytes: 0, handle: handle.clone() };
+        self.shared.hand_over(job);
+        Some(handle)
+    }
+
     fn put_in_memory(&self, space: &Space, tokens: &[u32], records: Vec<Arc<Record>>) -> PutReport {
         let mut report = PutReport::default();
         let has_states = records.iter().any(|record| record.entry.kind == RecordKind::State);

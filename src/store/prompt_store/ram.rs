@@ -148,6 +148,13 @@ impl Ram {
         Some(record)
     }
 
+    /// The record `id`, which waits to be written from now on.
+    pub fn queue(&mut self, id: &RecordId) -> Option<Arc<Record>> {
+        let slot = self.slots.get_mut(id)?;
+        slot.is_queued = true;
+        Some(Arc::clone(&slot.record))
+    }
+
     /// The record has been written, or could not be: it no longer waits.
     pub fn release(&mut self, record: &Arc<Record>, is_written: bool) {
         let id = record.entry.id;

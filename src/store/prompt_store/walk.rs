@@ -206,22 +206,41 @@ pub(super) fn missing(
     let mut chain = Chain::new(space, tokens, block);
     let mut is_missing = |wanted: &Wanted| {
         let Wanted { kind, start, end, .. } = *wanted;
-        if super::record::check_place(kind, start, end, tokens.len(), block).is_err() {
-            return false;
-        }
-        let n_blocks = start / block;
-        let (spot, covered) = (chain.spot(n_blocks), &tokens[start..end]);
-        let id = name(&spot.parent, kind, covered);
-        let serves = |entry: &Entry| {
-            entry.tokens.starts_with(covered) && spot.has(entry, kind) && !wanted.worth().replaces(entry.worth())
-        };
-        !trees.iter().any(|tree| {
-            let longer = |class: &Class| tree.after(&spot.parent, *class, covered);
-            tree.get(&id).is_some_and(|entry| entry.id == id && serves(&entry))
-                || (kind == RecordKind::Rows && Class::ROWS.iter().filter_map(longer).any(|longer| serves(&longer)))
-        })
+        let can_be = super::record::check_place(kind, start, end, tokens.len(), block).is_ok();
+        can_be && !trees.iter().any(|tree| serving(*tree, &mut chain, wanted).is_some())
     };
     wanted.iter().map(&mut is_missing).collect()
+}
+
+/// The records of one tree that have what is `wanted`.
+pub(super) fn present(
+    tree: &dyn Tree,
+    space: &Space,
+    tokens: &[u32],
+    block: usize,
+    wanted: &[Wanted],
+) -> Vec<RecordId> {
+    let mut chain = Chain::new(space, tokens, block);
+    let can_be = |wanted: &&Wanted| {
+        super::record::check_place(wanted.kind, wanted.start, wanted.end, tokens.len(), block).is_ok()
+    };
+    let found = wanted.iter().filter(can_be).filter_map(|wanted| serving(tree, &mut chain, wanted));
+    found.map(|entry| entry.id).collect()
+}
+
+/// The record that has what is `wanted`: one of its name, or rows that go on where it ends.
+fn serving(tree: &dyn Tree, chain: &mut Chain<'_>, wanted: &Wanted) -> Option<Arc<Entry>> {
+    let Wanted { kind, start, end, .. } = *wanted;
+    let (spot, covered) = (chain.spot(start / chain.block), &chain.tokens[start..end]);
+    let id = name(&spot.parent, kind, covered);
+    let serves = |entry: &Arc<Entry>| {
+        entry.tokens.starts_with(covered) && spot.has(entry, kind) && !wanted.worth().replaces(entry.worth())
+    };
+    let same = tree.get(&id).filter(|entry| entry.id == id && serves(entry));
+    if same.is_some() || kind != RecordKind::Rows {
+        return same;
+    }
+    Class::ROWS.iter().filter_map(|class| tree.after(&spot.parent, *class, covered)).find(serves)
 }
 
 fn common(a: &[u32], b: &[u32]) -> usize {

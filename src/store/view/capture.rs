@@ -43,15 +43,17 @@ impl Recorder {
     }
 
     /// Takes note that `tokens.len()` tokens are in the caches, whose leaves are given. Full blocks are stored, and the
-    /// states; with `is_last` the block that is not full too. `keep`: the state is not to be thinned.
+    /// states; with `is_last` the block that is not full too. `keep`: the state is not to be thinned. The handles tell of
+    /// all of them, of those too that another put has in hand.
     ///
     /// # Errors
     /// [`Error::Value`] if the caches are not at that token, [`Error::Mlx`] if they cannot be computed.
     pub fn note(&mut self, tokens: &[u32], leaves: &[Cache], is_last: bool, keep: bool) -> Result<Vec<PutHandle>> {
-        let (cuts, carried) = self.cut_in_place(tokens, leaves, is_last, keep)?;
+        let (cuts, present, carried) = self.cut_in_place(tokens, leaves, is_last, keep)?;
         array::eval(OP, carried.iter().map(Option::as_ref).flat_map(rows_of))?;
         self.go_on(carried, tokens.len());
-        cuts.into_iter().map(|cuts| cuts.locate()?.store()).collect()
+        let again = self.view.store.put_again(&self.view.space, tokens, &present);
+        again.into_iter().map(Ok).chain(cuts.into_iter().map(|cuts| cuts.locate()?.store())).collect()
     }
 
     /// As [`note`](Self::note), but of a window that is still to be computed: the records hold copies, so that the caches'
@@ -60,7 +62,7 @@ impl Recorder {
     /// # Errors
     /// [`Error::Value`] if the caches are not at that token, [`Error::Mlx`] if MLX fails.
     pub fn cut(&mut self, tokens: &[u32], leaves: &[Cache], is_last: bool) -> Result<(Vec<Cuts>, Vec<Array>)> {
-        let (mut cuts, carried) = self.cut_in_place(tokens, leaves, is_last, false)?;
+        let (mut cuts, _, carried) = self.cut_in_place(tokens, leaves, is_last, false)?;
         for (_, array) in cuts.iter_mut().flat_map(|cuts| &mut cuts.records).flat_map(|cut| &mut cut.tensors) {
             *array = array.copied()?;
         }
@@ -74,14 +76,14 @@ impl Recorder {
         Ok((cuts, copies))
     }
 
-    /// Records of what is missing in the store, lazy, and the rows to carry on.
+    /// Records of what is missing in the store, lazy; what is there; and the rows to carry on.
     fn cut_in_place(
         &mut self,
         tokens: &[u32],
         leaves: &[Cache],
         is_last: bool,
         keep: bool,
-    ) -> Result<(Vec<Cuts>, Vec<Option<Carried>>)> {
+    ) -> Result<(Vec<Cuts>, Vec<Wanted>, Vec<Option<Carried>>)> {
         self.view.check(OP, leaves)?;
         let n_tokens = tokens.len();
         for (at, leaf) in leaves.iter().enumerate() {
@@ -98,6 +100,7 @@ impl Recorder {
         self.at = n_tokens;
         let wanted = self.wanted(n_tokens, is_last, keep);
         let missing = self.view.store.missing(&self.view.space, tokens, &wanted);
+        let present = wanted.iter().zip(&missing).filter_map(|(wanted, &is)| (!is).then_some(*wanted)).collect();
         let (store, space) = (&self.view.store, self.view.space);
         let mut all: Vec<Cuts> = Vec::new();
         for wanted in wanted.iter().zip(missing).filter_map(|(wanted, is_missing)| is_missing.then_some(wanted)) {
@@ -115,7 +118,7 @@ impl Recorder {
                 }
             }
         }
-        Ok((all, self.carried(leaves, n_tokens)?))
+        Ok((all, present, self.carried(leaves, n_tokens)?))
     }
 
     /// The records of the caches' tokens that were not looked at yet.

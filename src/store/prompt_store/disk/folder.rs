@@ -48,13 +48,16 @@ impl Folder {
     pub fn open(path: &Path, read_only: bool, allow_network_fs: bool) -> Result<Self> {
         let fail = |source| Error::io(OPEN, path, source);
         let root = std::path::absolute(path).map_err(fail)?;
+        if root.exists() && !root.is_dir() {
+            return Err(Error::io(OPEN, path, Errno::NOTDIR.into()));
+        }
         if !read_only {
             DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(fail)?;
         }
         // Links above the folder are followed once, here.
         let root = fs::canonicalize(&root).map_err(fail)?;
         let folder = Self { root };
-        folder.check_rights(&folder.root)?;
+        check_rights(&folder.root)?;
         if !allow_network_fs && is_remote(&folder.root).map_err(fail)? {
             let expected = "a folder on a local file system (or allow_network_fs)";
             return Err(folder.refuse(expected, "a network file system"));
@@ -69,7 +72,7 @@ impl Folder {
                 }
             }
             if !read_only || path.exists() {
-                folder.check_rights(&path)?;
+                check_rights(&path)?;
             }
         }
         Ok(folder)
@@ -148,24 +151,6 @@ impl Folder {
         fs::metadata(self.root.join("index.sqlite-wal")).map_or(0, |meta| meta.len())
     }
 
-    /// The store must be the user's own, and nobody else may write to it.
-    fn check_rights(&self, path: &Path) -> Result<()> {
-        let meta = fs::symlink_metadata(path).map_err(|source| Error::io(OPEN, path, source))?;
-        let user = rustix::process::geteuid().as_raw();
-        if !meta.is_dir() {
-            return Err(self.refuse("folders", format!("another kind of file at {}", path.display())));
-        }
-        if meta.uid() != user {
-            let got = format!("{} of user {}", path.display(), meta.uid());
-            return Err(self.refuse(format!("a folder of user {user}"), got));
-        }
-        if meta.mode() & 0o022 != 0 {
-            let got = format!("{} with mode {:o}", path.display(), meta.mode() & 0o7777);
-            return Err(self.refuse("a folder that only its owner may write to", got));
-        }
-        Ok(())
-    }
-
     fn check_format(&self, read_only: bool) -> Result<()> {
         let path = self.root.join(NAMES[0]);
         let fail = |source| Error::io(OPEN, &path, source);
@@ -204,8 +189,29 @@ impl Folder {
     }
 
     fn refuse(&self, expected: impl Into<String>, got: impl std::fmt::Display) -> Error {
-        Error::value(OPEN, expected, format!("{got} ({})", self.root.display()))
+        refuse(&self.root, expected, got)
     }
+}
+
+/// The store must be the user's own, and nobody else may write to it.
+fn check_rights(path: &Path) -> Result<()> {
+    let meta = fs::symlink_metadata(path).map_err(|source| Error::io(OPEN, path, source))?;
+    let user = rustix::process::geteuid().as_raw();
+    if !meta.is_dir() {
+        return Err(Error::io(OPEN, path, Errno::NOTDIR.into()));
+    }
+    if meta.uid() != user {
+        return Err(refuse(path, format!("a folder of user {user}"), format!("one of user {}", meta.uid())));
+    }
+    if meta.mode() & 0o022 != 0 {
+        let got = format!("one with mode {:o}", meta.mode() & 0o7777);
+        return Err(refuse(path, "a folder that only its owner may write to", got));
+    }
+    Ok(())
+}
+
+fn refuse(path: &Path, expected: impl Into<String>, got: impl std::fmt::Display) -> Error {
+    Error::value(OPEN, expected, format!("{got} ({})", path.display()))
 }
 
 /// Bytes of the files right in `folder`.
