@@ -23,12 +23,14 @@ pub struct QuantizedKvCache {
     pub offset: usize,
     /// Rows by which the buffers grow; at least 1.
     pub step: usize,
+    /// Rows that a prompt under way will bring in all; 0 if nothing is known.
+    pub(super) expected: usize,
     scheme: Scheme,
 }
 
 impl Default for QuantizedKvCache {
     fn default() -> Self {
-        Self { keys: None, values: None, offset: 0, step: STEP, scheme: Scheme::default() }
+        Self { keys: None, values: None, offset: 0, step: STEP, expected: 0, scheme: Scheme::default() }
     }
 }
 
@@ -118,6 +120,7 @@ impl KvCache for QuantizedKvCache {
         let update = check_update(op, [keys, values], words, (self.offset, self.offset), true)?;
         self.scheme.check(op, keys, values)?;
         let growth = Growth::plan(self.offset, update.len, update.n_tokens, self.step);
+        let growth = growth.map(|growth| growth.toward(self.expected, self.step));
         let end = self.offset + update.n_tokens;
         // As mlx-lm has it: scales start in the type of the first keys, for the values too, and keep it.
         let first = [Dtype::U32, keys.dtype(), keys.dtype()];
@@ -159,6 +162,10 @@ impl KvCache for QuantizedKvCache {
     fn keys_and_values(&self) -> Result<(KvTensor, KvTensor)> {
         let (Some(keys), Some(values)) = (&self.keys, &self.values) else { return Err(nothing_yet()) };
         Ok((keys.rows(0, self.offset)?, values.rows(0, self.offset)?))
+    }
+
+    fn expect_tokens(&mut self, n_tokens: usize) {
+        self.expected = if n_tokens > 0 { self.offset + n_tokens } else { 0 };
     }
 
     fn set_offset(&mut self, offset: usize) -> Result<()> {

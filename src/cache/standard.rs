@@ -20,11 +20,13 @@ pub struct StandardKvCache {
     pub offset: usize,
     /// Rows by which the buffers grow; at least 1.
     pub step: usize,
+    /// Rows that a prompt under way will bring in all; 0 if nothing is known.
+    pub(super) expected: usize,
 }
 
 impl Default for StandardKvCache {
     fn default() -> Self {
-        Self { keys: None, values: None, offset: 0, step: STEP }
+        Self { keys: None, values: None, offset: 0, step: STEP, expected: 0 }
     }
 }
 
@@ -129,6 +131,7 @@ impl KvCache for StandardKvCache {
         let update =
             check_update("KVCache.update_and_fetch", [keys, values], buffers, (self.offset, self.offset), false)?;
         let growth = Growth::plan(self.offset, update.len, update.n_tokens, self.step);
+        let growth = growth.map(|growth| growth.toward(self.expected, self.step));
         let keys = write(buffers[0], growth, keys, self.offset, keys.dtype())?;
         let values = write(buffers[1], growth, values, self.offset, values.dtype())?;
         let end = self.offset + update.n_tokens;
@@ -146,6 +149,10 @@ impl KvCache for StandardKvCache {
             }
             _ => Err(nothing_yet()),
         }
+    }
+
+    fn expect_tokens(&mut self, n_tokens: usize) {
+        self.expected = if n_tokens > 0 { self.offset + n_tokens } else { 0 };
     }
 
     fn set_offset(&mut self, offset: usize) -> Result<()> {

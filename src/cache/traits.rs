@@ -96,6 +96,9 @@ pub trait KvCache: LayerCache {
     /// [`Error::Value`] if the class stores its values in another form.
     fn set_values(&mut self, values: Option<KvTensor>) -> Result<()>;
 
+    /// Tells that a prompt brings `n_tokens` more, so that buffers grow by longer steps; 0: nothing is known any more.
+    fn expect_tokens(&mut self, _n_tokens: usize) {}
+
     /// The buffer of the keys.
     fn keys(&self) -> Option<KvTensor>;
 

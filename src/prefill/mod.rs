@@ -40,8 +40,22 @@ pub fn prefill_full(
     }
     let tokens = Array::from_i32(prompt)?;
     let mut steps = RustSteps { model, tokens, caches, pace: Pace::new(step.into())?, logits: None };
-    run(&mut steps, prompt.len())?;
+    if !steps.pace.is_measuring() {
+        expect_tokens(steps.caches, prompt.len());
+    }
+    let result = run(&mut steps, prompt.len());
+    expect_tokens(steps.caches, 0);
+    result?;
     steps.logits.ok_or_else(|| Error::value(op, "logits", "none"))
+}
+
+/// Tells every cache how many tokens a prompt still brings.
+fn expect_tokens(caches: &mut [Cache], n_tokens: usize) {
+    for cache in caches {
+        if let Ok(cache) = cache.as_kv_mut() {
+            cache.expect_tokens(n_tokens);
+        }
+    }
 }
 
 /// Evaluates the stored buffers of every cache, and waits: the barrier without its overlap.

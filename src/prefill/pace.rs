@@ -61,6 +61,11 @@ impl Pace {
         self.step
     }
 
+    /// True until the memory of the first windows is known.
+    pub const fn is_measuring(&self) -> bool {
+        self.measured.is_some()
+    }
+
     /// After a window was handed to the device, where most of its memory is held at once.
     ///
     /// # Errors

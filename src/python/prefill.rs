@@ -1,6 +1,6 @@
 //! `prefill`: the core's loop over a Python model and Python caches, ours or others.
 
-use super::base::count;
+use super::base::{count, own};
 use super::bridge::{PyArray, integers};
 use super::foreign::{Snapshot, is_reference};
 use super::recording::Recording;
@@ -59,6 +59,7 @@ pub(super) fn prefill<'py>(
         pace,
         recording: None,
         done: 0,
+        total: 0,
         logits: None,
     };
     PyArray(steps.run(total)?).into_pyobject(py)
@@ -88,6 +89,7 @@ pub(super) fn prefill_stored<'py>(
         pace: Pace::new(Step::Tokens(1))?,
         recording: Some(recording),
         done: 0,
+        total: 0,
         logits: None,
     };
     steps.run(total)
@@ -212,18 +214,36 @@ struct PySteps<'py> {
     recording: Option<Recording>,
     /// Tokens up to the end of the last window that was begun.
     done: usize,
+    total: usize,
     logits: Option<Array>,
 }
 
 impl PySteps<'_> {
     fn run(mut self, total: usize) -> PyResult<Array> {
+        self.total = total;
+        if !self.pace.is_measuring() {
+            self.expect_tokens(total)?;
+        }
         let result = run(&mut self, total);
+        let result = result.and(self.expect_tokens(0));
         // After an interrupt too: the next call goes on from what is stored.
         if let Some(recording) = self.recording {
             recording.finish(self.py);
         }
         result?;
         self.logits.ok_or_else(|| PyTypeError::new_err("prefill: the model gave no logits"))
+    }
+
+    /// Tells caches of ours how many tokens are still to come.
+    fn expect_tokens(&self, n_tokens: usize) -> PyResult<()> {
+        for cache in self.cache.try_iter()? {
+            if let Some(own) = own(&cache?)
+                && let Ok(cache) = own.lock()?.as_kv_mut()
+            {
+                cache.expect_tokens(n_tokens);
+            }
+        }
+        Ok(())
     }
 
     /// Every array of the caches, and of the window's records.
@@ -305,7 +325,11 @@ impl<'py> Steps for PySteps<'py> {
     }
 
     fn computed(&mut self) -> PyResult<()> {
+        let was_measuring = self.pace.is_measuring();
         self.pace.computed()?;
+        if was_measuring {
+            self.expect_tokens(self.total - self.done)?;
+        }
         Ok(memory::bound_memory_cache()?)
     }
 

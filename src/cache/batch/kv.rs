@@ -229,7 +229,7 @@ impl BatchCache for BatchKvCache {
             }
             (None, KvTensor::Dense(keys), KvTensor::Dense(values)) => {
                 let (keys, values) = (Some(keys), Some(values));
-                Ok(Cache::Standard(StandardKvCache { keys, values, offset, step: STEP }))
+                Ok(Cache::Standard(StandardKvCache { keys, values, offset, ..StandardKvCache::default() }))
             }
             _ => Err(Error::value("extract", "rows that are not quantized", "quantized ones")),
         }

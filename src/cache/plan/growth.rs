@@ -14,7 +14,20 @@ pub const fn round_up(n: usize, step: usize) -> usize {
     n.div_ceil(step) * step
 }
 
+/// Rows by which buffers grow at least while a prompt is known to go on: equally long buffers are used again for one
+/// another, and fewer copies are made.
+const PROMPT_STEP: usize = 2048;
+
 impl Growth {
+    /// The same for a buffer that will hold `expected` rows: by longer steps, but not beyond what these need.
+    #[must_use]
+    pub const fn toward(self, expected: usize, step: usize) -> Self {
+        let Self { kept, added } = self;
+        let (longer, last) = (round_up(kept + added, PROMPT_STEP), round_up(expected, step));
+        let len = if longer < last { longer } else { last };
+        if len > kept + added { Self { kept, added: len - kept } } else { self }
+    }
+
     /// The growth that mlx-lm's `KVCache` makes for `n_tokens` more at row `used` of a buffer of `len` rows (None: no
     /// buffer yet), or None if they fit. An unaligned buffer is cut to its used rows first, so its length may end
     /// up off the step.
@@ -62,6 +75,24 @@ mod tests {
     fn an_aligned_offset_after_a_trim_keeps_the_whole_buffer() {
         assert_eq!(Growth::plan(256, Some(512), 300, 256), Some(Growth { kept: 512, added: 512 }));
         assert_eq!(Growth::plan(0, Some(512), 600, 256), Some(Growth { kept: 512, added: 768 }));
+    }
+
+    #[test]
+    fn toward_the_end_of_a_prompt_buffers_grow_by_longer_steps() {
+        let lens = |expected| {
+            let mut len = None;
+            let grown = (0..3000).step_by(500).filter_map(|used| {
+                let growth = Growth::plan(used, len, 500, 256)?.toward(expected, 256);
+                len = Some(growth.kept + growth.added);
+                len
+            });
+            grown.collect::<Vec<_>>()
+        };
+        assert_eq!(lens(3000), [2048, 3072]);
+        assert_eq!(lens(100_000), [2048, 4096]);
+        // What is not expected is as ever.
+        assert_eq!(lens(0), [512, 1012, 1512, 2012, 2512, 3012]);
+        assert_eq!(lens(900), [1024, 1512, 2012, 2512, 3012]);
     }
 
     proptest! {

@@ -49,7 +49,7 @@ impl Recorder {
     /// # Errors
     /// [`Error::Value`] if the caches are not at that token, [`Error::Mlx`] if they cannot be computed.
     pub fn note(&mut self, tokens: &[u32], leaves: &[Cache], is_last: bool, keep: bool) -> Result<Vec<PutHandle>> {
-        let (cuts, present, carried) = self.cut_in_place(tokens, leaves, is_last, keep)?;
+        let Noted { cuts, present, carried } = self.cut_in_place(tokens, leaves, is_last, keep)?;
         array::eval(OP, carried.iter().map(Option::as_ref).flat_map(rows_of))?;
         self.go_on(carried, tokens.len());
         let again = self.view.store.put_again(&self.view.space, tokens, &present);
@@ -62,7 +62,7 @@ impl Recorder {
     /// # Errors
     /// [`Error::Value`] if the caches are not at that token, [`Error::Mlx`] if MLX fails.
     pub fn cut(&mut self, tokens: &[u32], leaves: &[Cache], is_last: bool) -> Result<(Vec<Cuts>, Vec<Array>)> {
-        let (mut cuts, _, carried) = self.cut_in_place(tokens, leaves, is_last, false)?;
+        let Noted { mut cuts, carried, .. } = self.cut_in_place(tokens, leaves, is_last, false)?;
         for (_, array) in cuts.iter_mut().flat_map(|cuts| &mut cuts.records).flat_map(|cut| &mut cut.tensors) {
             *array = array.copied()?;
         }
@@ -76,14 +76,8 @@ impl Recorder {
         Ok((cuts, copies))
     }
 
-    /// Records of what is missing in the store, lazy; what is there; and the rows to carry on.
-    fn cut_in_place(
-        &mut self,
-        tokens: &[u32],
-        leaves: &[Cache],
-        is_last: bool,
-        keep: bool,
-    ) -> Result<(Vec<Cuts>, Vec<Wanted>, Vec<Option<Carried>>)> {
+    /// Cuts what is missing in the store.
+    fn cut_in_place(&mut self, tokens: &[u32], leaves: &[Cache], is_last: bool, keep: bool) -> Result<Noted> {
         self.view.check(OP, leaves)?;
         let n_tokens = tokens.len();
         for (at, leaf) in leaves.iter().enumerate() {
@@ -118,7 +112,7 @@ impl Recorder {
                 }
             }
         }
-        Ok((all, present, self.carried(leaves, n_tokens)?))
+        Ok(Noted { cuts: all, present, carried: self.carried(leaves, n_tokens)? })
     }
 
     /// The records of the caches' tokens that were not looked at yet.
@@ -205,6 +199,16 @@ impl Recorder {
         let block = self.view.store.block_tokens();
         (self.carried, self.blocks_end) = (carried, (n_tokens / block * block).max(self.blocks_end));
     }
+}
+
+/// What is new in the caches at some token.
+struct Noted {
+    /// The records that are missing, lazy.
+    cuts: Vec<Cuts>,
+    /// What is there already.
+    present: Vec<Wanted>,
+    /// The rows to carry on, lazy.
+    carried: Vec<Option<Carried>>,
 }
 
 /// Rows of a windowed layer: their tokens, keys and values.
