@@ -66,3 +66,20 @@ def test_products_are_those_of_the_reference_up_to_rounding():
     assert fast.returncode == slow.returncode == 0, fast.stderr + slow.stderr
     numbers = [[float(x) for x in done.stdout.split()] for done in (fast, slow)]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+def test_how_long_idle_threads_spin_is_told_to_openblas_alone():
+    # It reads its variables while it is loaded, the first time.
+    seen = """
+import ctypes, os
+load, told = ctypes.CDLL, []
+def spy(name, *rest, **options):
+    if "openblas" in str(name):
+        told.append(os.environ.get("OPENBLAS_THREAD_TIMEOUT"))
+    return load(name, *rest, **options)
+ctypes.CDLL = spy
+import mlxrs_py
+print(told[0], os.environ.get("OPENBLAS_THREAD_TIMEOUT"))
+"""
+    assert run(seen).stdout.strip() == "16 None"
+    assert run(seen, OPENBLAS_THREAD_TIMEOUT="20").stdout.strip() == "20 20"
