@@ -856,6 +856,7 @@ class PromptStore:
         disk_bytes: int | None,
         block_tokens: int,
         write_bytes_per_day: int | None,
+        compression: str | None,
         read_only: bool,
         allow_network_fs: bool,
     ) -> Self: ...

@@ -65,7 +65,7 @@ pub(super) struct PyPromptStore(Arc<PromptStore>);
 #[pymethods]
 impl PyPromptStore {
     #[new]
-    #[pyo3(signature = (path, *, ram_bytes, disk_bytes, block_tokens, write_bytes_per_day, read_only, allow_network_fs))]
+    #[pyo3(signature = (path, *, ram_bytes, disk_bytes, block_tokens, write_bytes_per_day, compression, read_only, allow_network_fs))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
     fn py_new(
         py: Python<'_>,
@@ -74,12 +74,22 @@ impl PyPromptStore {
         disk_bytes: Option<u64>,
         block_tokens: usize,
         write_bytes_per_day: Option<u64>,
+        compression: Option<&str>,
         read_only: bool,
         allow_network_fs: bool,
     ) -> PyResult<Self> {
         crate::ffi::check_not_forked("PromptStore")?;
-        let options =
-            Options { path, ram_bytes, disk_bytes, block_tokens, write_bytes_per_day, read_only, allow_network_fs };
+        let compression = compression.map(str::parse).transpose()?;
+        let options = Options {
+            path,
+            ram_bytes,
+            disk_bytes,
+            block_tokens,
+            write_bytes_per_day,
+            compression,
+            read_only,
+            allow_network_fs,
+        };
         Ok(Self(Arc::new(py.detach(|| PromptStore::open(options))?)))
     }
 

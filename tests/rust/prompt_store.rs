@@ -4,5 +4,6 @@ mod basics;
 mod common;
 mod flips;
 mod model;
+mod packed;
 mod processes;
 mod sharing;

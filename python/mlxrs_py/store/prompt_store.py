@@ -7,7 +7,7 @@ import os
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from mlxrs_py import _core
 from mlxrs_py.cache import make_prompt_cache
@@ -68,6 +68,7 @@ class PromptStore:
             was given last, or else 32 GiB. One that is given takes effect at once: what is beyond goes.
         block_tokens: Tokens of a block.
         write_bytes_per_day: Most bytes written in a day, over restarts too; what is beyond is not stored.
+        compression: "zstd" makes records smaller on the disk, which takes time. Whatever it is, all records are read.
         read_only: Only what is there is restored.
         allow_network: Take a folder on a network file system, whose locks may not hold between machines.
 
@@ -86,6 +87,7 @@ class PromptStore:
         disk_bytes: int | None = None,
         block_tokens: int = 256,
         write_bytes_per_day: int | None = None,
+        compression: Literal["zstd"] | None = None,
         read_only: bool = False,
         allow_network: bool = False,
     ) -> None:
@@ -101,6 +103,7 @@ class PromptStore:
             disk_bytes=disk_bytes if on_disk else 0,
             block_tokens=block_tokens,
             write_bytes_per_day=write_bytes_per_day,
+            compression=compression,
             read_only=read_only,
             allow_network_fs=allow_network,
         )

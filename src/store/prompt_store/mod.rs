@@ -28,7 +28,7 @@ pub use found::{DiskState, Found, Listed, RecordInfo, Stats, Tier, Verified};
 pub use handle::{PutHandle, PutReport};
 pub use key::{RecordId, Space};
 pub use open_record::{OpenRecord, RecordTensor};
-pub use options::{DISK_BYTES, Options};
+pub use options::{Compression, DISK_BYTES, Options};
 pub use record::{NewRecord, NewTensor, RecordKind, Wanted, checksum};
 
 use crate::error::{Error, Result};

@@ -5,7 +5,6 @@ use super::record::Record;
 use crate::array::Dtype;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,7 +16,7 @@ pub struct RecordTensor {
     pub dtype: Dtype,
     /// Length of every axis.
     pub shape: Vec<usize>,
-    /// Where its bytes begin among the record's, as [`OpenRecord::read_at`] counts them.
+    /// Where its bytes begin among the record's, as [`OpenRecord::read_into`] counts them.
     pub start: u64,
     /// Number of bytes.
     pub n_bytes: u64,
@@ -58,19 +57,8 @@ impl OpenRecord {
     /// Fills `buffer` with the bytes from `at` on. Several threads may read at once.
     ///
     /// # Errors
-    /// [`Error::Io`] if the system refuses, [`Error::Format`] if the record ends before; the buffer may then be filled in
-    /// part.
-    pub fn read_at(&self, buffer: &mut [MaybeUninit<u8>], at: u64) -> Result<()> {
-        match &self.source {
-            Source::Ram(record) => copy(record, buffer, at),
-            Source::File(file) => file.read_at(buffer, at),
-        }
-    }
-
-    /// As [`read_at`](Self::read_at), into bytes that hold something already.
-    ///
-    /// # Errors
-    /// As [`read_at`](Self::read_at).
+    /// [`Error::Io`] if the system refuses, [`Error::Format`] if the record ends before or is damaged; the buffer may then
+    /// be filled in part.
     pub fn read_into(&self, buffer: &mut [u8], at: u64) -> Result<()> {
         match &self.source {
             Source::Ram(record) => copy(record, buffer, at),
@@ -81,7 +69,7 @@ impl OpenRecord {
     /// All bytes of `tensor`.
     ///
     /// # Errors
-    /// As [`read_at`](Self::read_at).
+    /// As [`read_into`](Self::read_into).
     pub fn read(&self, tensor: &RecordTensor) -> Result<Vec<u8>> {
         let mut bytes = vec![0; tensor.n_bytes as usize];
         self.read_into(&mut bytes, tensor.start)?;
@@ -99,33 +87,14 @@ impl OpenRecord {
     }
 }
 
-/// A byte that can be filled.
-trait Place {
-    fn fill(&mut self, byte: u8);
-}
-
-impl Place for u8 {
-    fn fill(&mut self, byte: u8) {
-        *self = byte;
-    }
-}
-
-impl Place for MaybeUninit<u8> {
-    fn fill(&mut self, byte: u8) {
-        self.write(byte);
-    }
-}
-
 /// Fills `buffer` with the bytes of `record` from `at` on.
-fn copy<P: Place>(record: &Record, mut buffer: &mut [P], mut at: u64) -> Result<()> {
+fn copy(record: &Record, mut buffer: &mut [u8], mut at: u64) -> Result<()> {
     for tensor in &record.tensors {
         let Some(skipped) = at.checked_sub(tensor.start) else { continue };
         let Some(bytes) = tensor.bytes.get(skipped as usize..).filter(|bytes| !bytes.is_empty()) else { continue };
         let n_bytes = bytes.len().min(buffer.len());
         let (filled, rest) = buffer.split_at_mut(n_bytes);
-        for (place, byte) in filled.iter_mut().zip(bytes) {
-            place.fill(*byte);
-        }
+        filled.copy_from_slice(&bytes[..n_bytes]);
         buffer = rest;
         at += n_bytes as u64;
         if buffer.is_empty() {

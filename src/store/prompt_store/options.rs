@@ -1,10 +1,31 @@
 //! How a store is opened.
 
 use super::BLOCK_TOKENS;
+use crate::error::{Error, Result};
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// What a folder may take that nobody gave a limit.
 pub const DISK_BYTES: u64 = 32 << 30;
+
+/// A way to make records smaller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Compression {
+    /// Bytes of equal place in their elements side by side, through zstd.
+    Zstd,
+}
+
+impl FromStr for Compression {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "zstd" => Ok(Self::Zstd),
+            _ => Err(Error::value("open a prompt store", "compression 'zstd', or none", format!("'{name}'"))),
+        }
+    }
+}
 
 /// Where a store lies and how much it may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +41,8 @@ pub struct Options {
     pub block_tokens: usize,
     /// Bytes that all processes together may write in a day.
     pub write_bytes_per_day: Option<u64>,
+    /// How records are made smaller on the disk. Whatever it is here, all are read.
+    pub compression: Option<Compression>,
     /// Nothing is written and nothing is leased; what is put stays in memory.
     pub read_only: bool,
     /// A folder on a network file system is taken too. Its locks must hold across machines.
@@ -34,6 +57,7 @@ impl Default for Options {
             disk_bytes: None,
             block_tokens: BLOCK_TOKENS,
             write_bytes_per_day: None,
+            compression: None,
             read_only: false,
             allow_network_fs: false,
         }

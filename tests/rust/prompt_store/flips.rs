@@ -3,18 +3,20 @@
 //! `MLXRS_STORE_FLIPS` sets how many bits of the index are tried; 0: all.
 
 use super::common::*;
-use mlxrs_py::store::prompt_store::{Found, Listed, Options, PromptStore, RecordKind};
+use mlxrs_py::store::prompt_store::{Compression, Found, Listed, Options, PromptStore, RecordKind};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use tempfile::{TempDir, tempdir};
 
-/// A small store with what a store can hold, its tokens and what it answers.
-fn sample() -> (TempDir, Vec<u32>) {
+/// A small store with what a store can hold, and its tokens.
+fn sample(compression: Option<Compression>) -> (TempDir, Vec<u32>) {
     let folder = tempdir().unwrap();
-    let store = open(folder.path());
+    let store = PromptStore::open(Options { compression, ..options(Some(folder.path())) }).unwrap();
     let a = tokens(&[(1, 27)]);
-    let mut records = rows(&space(1), &a, 0, 16);
+    // Only what has some bytes can be made smaller.
+    let size = if compression.is_some() { 400 } else { 16 };
+    let mut records = rows(&space(1), &a, 0, size);
     records[1].grid = 16;
     records[1].complete_from = 12;
     records.push(record(&space(1), &a, RecordKind::State, 24, 27, 8));
@@ -32,7 +34,16 @@ fn read_only(path: &Path) -> PromptStore {
 
 #[test]
 fn every_flipped_bit_of_a_record_is_found() {
-    let (folder, a) = sample();
+    every_flipped_bit_is_found(None);
+}
+
+#[test]
+fn every_flipped_bit_of_a_record_that_was_made_smaller_is_found() {
+    every_flipped_bit_is_found(Some(Compression::Zstd));
+}
+
+fn every_flipped_bit_is_found(compression: Option<Compression>) {
+    let (folder, a) = sample(compression);
     // A store that is only read puts nothing aside: the same one serves for all flips.
     let store = read_only(folder.path());
     let found = store.find(&space(1), &a);
@@ -46,6 +57,7 @@ fn every_flipped_bit_of_a_record_is_found() {
     let files = fs::read_dir(folder.path().join("records")).unwrap().map(|entry| entry.unwrap().path());
     let path = files.into_iter().find(|path| path.file_name().unwrap().to_str().unwrap().starts_with(&id)).unwrap();
     let bytes = fs::read(&path).unwrap();
+    assert_eq!(bytes.windows(4).any(|window| window == b"zstd"), compression.is_some());
     let file = File::options().write(true).open(&path).unwrap();
     for at in 0..bytes.len() {
         for bit in 0..8 {
@@ -91,7 +103,7 @@ fn is_known(listed: &Listed, whole: &[Listed]) -> bool {
 
 #[test]
 fn a_flipped_bit_of_the_index_gives_the_same_answer_or_a_miss_and_is_mended() {
-    let (folder, a) = sample();
+    let (folder, a) = sample(None);
     let path = folder.path().join("index.sqlite");
     let index = fs::read(&path).unwrap();
     let store = read_only(folder.path());

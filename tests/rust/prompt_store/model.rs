@@ -3,7 +3,9 @@
 //! `MLXRS_STORE_OPERATIONS` sets how many, `MLXRS_SEED` which ones.
 
 use super::common::*;
-use mlxrs_py::store::prompt_store::{Listed, NewRecord, Options, PromptStore, PutHandle, RecordKind, Step, Tier};
+use mlxrs_py::store::prompt_store::{
+    Compression, Listed, NewRecord, Options, PromptStore, PutHandle, RecordKind, Step, Tier,
+};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -126,7 +128,9 @@ impl Run {
 
     fn open(&mut self) {
         let path = Some(self.root.as_path());
-        let options = Options { disk_bytes: Some(LIMIT), ram_bytes: 4 << 20, ..options(path) };
+        // Records of both forms lie in one folder.
+        let compression = (self.random.below(2) == 0).then_some(Compression::Zstd);
+        let options = Options { disk_bytes: Some(LIMIT), ram_bytes: 4 << 20, compression, ..options(path) };
         self.store = Some(PromptStore::open(options).unwrap());
         (self.n_evicted, self.n_gone) = (0, 0);
     }

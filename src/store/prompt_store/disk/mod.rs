@@ -10,23 +10,25 @@ mod file;
 mod folder;
 mod index;
 mod owner;
+mod pack;
 mod probe;
 mod quarantine;
 mod query;
 mod reading;
 mod room;
 mod row;
+mod source;
 mod sweep;
 mod verify;
 mod write;
 
 pub use probe::{Step, set_probe};
-pub(super) use reading::FileSource;
 pub(super) use row::slot;
+pub(super) use source::FileSource;
 
 use super::found::{DiskState, Listed, RecordInfo, Stats, Tier};
 use super::lock;
-use super::options::{DISK_BYTES, Options};
+use super::options::{Compression, DISK_BYTES, Options};
 use super::thin::{self, Checkpoint};
 use super::walk::Tree;
 use crate::error::{Error, Result};
@@ -64,6 +66,7 @@ struct Counts {
 pub(super) struct Disk {
     folder: Folder,
     limits: Limits,
+    compression: Option<Compression>,
     process: u32,
     /// None if the folder is only read.
     owner: Option<Owner>,
@@ -94,6 +97,7 @@ impl Disk {
         let index = || Index::new(&folder, options.read_only).map(Mutex::new);
         let disk = Self {
             limits,
+            compression: options.compression,
             process: std::process::id(),
             owner,
             reader: index()?,

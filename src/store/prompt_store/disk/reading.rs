@@ -1,7 +1,7 @@
 //! Reads records from their files.
 
-use super::file::Contents;
 use super::row::{Row, file_name};
+use super::source::FileSource;
 use super::{Disk, SHORT, file, lock, query, room, slot};
 use crate::error::{Error, Result};
 use crate::store::prompt_store::found::RecordInfo;
@@ -12,47 +12,12 @@ use rusqlite::params;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Records whose headers one thread reads at least, and threads that do.
 const OPENED_AT_ONCE: usize = 4;
 const MAX_OPENERS: usize = 8;
-
-/// Files of records that are open in this process.
-static N_OPEN: AtomicUsize = AtomicUsize::new(0);
-
-/// Files of records that may stay open: a quarter of what the process may have. More are opened for each read.
-fn max_open() -> usize {
-    static MAX: OnceLock<usize> = OnceLock::new();
-    *MAX.get_or_init(|| {
-        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-        usize::try_from(limit.unwrap_or(4096) / 4).unwrap_or(1024)
-    })
-}
-
-/// A file that stays open while it counts.
-#[derive(Debug)]
-struct Kept(File);
-
-impl Kept {
-    fn new(file: File) -> Option<Self> {
-        if N_OPEN.fetch_add(1, Ordering::Relaxed) < max_open() {
-            return Some(Self(file));
-        }
-        N_OPEN.fetch_sub(1, Ordering::Relaxed);
-        None
-    }
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        N_OPEN.fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 /// What keeps records from being evicted; given back when the last of them is closed.
 #[derive(Debug)]
@@ -64,65 +29,6 @@ pub(super) struct Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         lock(&self.disk.released).push(self.number);
-    }
-}
-
-/// The bytes of a record in its file.
-#[derive(Debug)]
-pub(in super::super) struct FileSource {
-    path: PathBuf,
-    file: Option<Kept>,
-    data_start: u64,
-    n_bytes: u64,
-    _lease: Option<Arc<Lease>>,
-}
-
-impl FileSource {
-    pub(super) fn new(path: PathBuf, file: File, contents: &Contents, lease: Option<Arc<Lease>>) -> Self {
-        let (data_start, n_bytes) = (contents.data_start, contents.entry.n_bytes);
-        Self { path, file: Kept::new(file), data_start, n_bytes, _lease: lease }
-    }
-
-    pub fn read_at(&self, buffer: &mut [MaybeUninit<u8>], at: u64) -> Result<()> {
-        self.with_file(buffer.len(), at, |file| {
-            let (mut buffer, mut at) = (buffer, at);
-            while !buffer.is_empty() {
-                let n_bytes = match rustix::io::pread(file, &mut *buffer, self.data_start + at) {
-                    Ok((read, _)) => read.len(),
-                    Err(rustix::io::Errno::INTR) => continue,
-                    Err(error) => return Err(error.into()),
-                };
-                if n_bytes == 0 {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                at += n_bytes as u64;
-                buffer = &mut buffer[n_bytes..];
-            }
-            Ok(())
-        })
-    }
-
-    pub fn read_into(&self, buffer: &mut [u8], at: u64) -> Result<()> {
-        self.with_file(buffer.len(), at, |file| file.read_exact_at(buffer, self.data_start + at))
-    }
-
-    /// Calls `read` with the file, if it has `n_bytes` at `at`. It is never changed: its name belongs to it alone.
-    fn with_file(&self, n_bytes: usize, at: u64, read: impl FnOnce(&File) -> io::Result<()>) -> Result<()> {
-        if at.checked_add(n_bytes as u64).is_none_or(|end| end > self.n_bytes) {
-            return Err(self.too_short(n_bytes, at));
-        }
-        let outcome = match &self.file {
-            Some(kept) => read(&kept.0),
-            None => file::open(&self.path).and_then(|file| read(&file)),
-        };
-        outcome.map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => self.too_short(n_bytes, at),
-            _ => Error::io("read", &self.path, error),
-        })
-    }
-
-    fn too_short(&self, n_bytes: usize, at: u64) -> Error {
-        Error::format(&self.path, "data", format!("{n_bytes} bytes at {at}"), "the end of the record")
     }
 }
 
@@ -206,8 +112,7 @@ impl Disk {
         if !says_the_same(&contents.entry, &record.entry, is_same_file) {
             return Err(Miss::Wrong("other tokens, another place or another space than the index says".into()));
         }
-        let source = FileSource::new(path, file, &contents, lease.map(Arc::clone));
-        Ok(OpenRecord::in_file(contents.layout, contents.tensors, source))
+        Ok(FileSource::open(path, file, contents, lease.map(Arc::clone)))
     }
 
     fn open_file(&self, id: &RecordId, nonce: u64) -> io::Result<File> {

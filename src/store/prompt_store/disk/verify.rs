@@ -2,7 +2,8 @@
 
 use super::index::Damage;
 use super::row::{self, Row};
-use super::{Disk, FileSource, file, lock, query};
+use super::source::FileSource;
+use super::{Disk, file, lock, query};
 use crate::error::Result;
 use crate::store::prompt_store::found::{RecordInfo, Tier, Verified};
 use crate::store::prompt_store::open_record::{OpenRecord, RecordTensor};
@@ -83,9 +84,7 @@ impl Disk {
             return Err("not what the index says".into());
         }
         let n_bytes = entry.n_bytes;
-        let source = FileSource::new(path, opened, &contents, None);
-        let record = OpenRecord::in_file(contents.layout, contents.tensors, source);
-        check_tensors(&record)?;
+        check_tensors(&FileSource::open(path, opened, contents, None))?;
         Ok(n_bytes)
     }
 

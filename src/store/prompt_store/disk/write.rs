@@ -81,7 +81,7 @@ impl Disk {
     fn write_batch(&self, records: &[Arc<Record>], protected: &HashSet<i64>, report: &mut PutReport) -> Result<bool> {
         let mut frames = Vec::new();
         for record in records {
-            let frame = file::frame(record)?;
+            let frame = file::frame(record, self.compression)?;
             frames.push((frame.size(record), frame));
         }
         let mut waiting: Vec<_> =
@@ -256,11 +256,7 @@ fn write_file(root: &Path, ready: &Ready) -> Result<()> {
         reach(Step::Create, root).and_then(|()| OpenOptions::new().write(true).create_new(true).mode(0o600).open(path));
     let mut file = created.map_err(fail("create"))?;
     let mut write = |bytes: &[u8]| reach(Step::Write, root).and_then(|()| file.write_all(bytes)).map_err(fail("write"));
-    write(&ready.frame.head)?;
-    for tensor in &ready.record.tensors {
-        write(&tensor.bytes)?;
-    }
-    write(&ready.frame.seal)?;
+    ready.frame.parts(&ready.record).try_for_each(&mut write)?;
     reach(Step::Sync, root).and_then(|()| sync(&file)).map_err(fail("sync"))
 }
 
