@@ -147,6 +147,24 @@ def test_a_longer_record_without_all_rows_of_a_window_hides_no_shorter_one(store
         assert leaves([logits[0]]) == leaves([logits[1]])
 
 
+def test_records_that_were_made_smaller_come_back_as_they_were(tmp_path):
+    model = TinyModel()
+    sizes = []
+    for compression in (None, "zstd"):
+        folder = tmp_path / str(compression)
+        with make_store(path=folder, disk_bytes=1 << 30, block_tokens=64, compression=compression) as store:
+            _, caches, _ = run(store.view(model), model, PROMPT)
+        # Whoever opens it need not know.
+        with make_store(path=folder, disk_bytes=1 << 30, block_tokens=64) as store:
+            restored, n_tokens = store.view(model).restore([*PROMPT, 1])
+            assert n_tokens == 100 and store.verify()["sound"]
+        assert [leaves(c.state) for c in restored] == [leaves(c.state) for c in caches]
+        sizes.append(sum(file.stat().st_size for file in folder.glob("records/*")))
+    assert sizes[1] < sizes[0]
+    with pytest.raises(ValueError, match="compression 'zstd', or none, got 'gzip'"):
+        make_store(compression="gzip")
+
+
 @pytest.mark.parametrize("read_only", [False, True])
 def test_what_is_damaged_ends_a_restore_there(tmp_path, read_only):
     model = TinyModel()

@@ -235,8 +235,11 @@ impl Run {
 
     /// Waits for all puts; what they say to be durable must be found from now on.
     fn settle(&mut self) {
-        for Waiting { handle, space: n, tokens, which, damaged } in std::mem::take(&mut self.waiting) {
-            let outcome = handle.wait(Some(Duration::from_secs(60)));
+        let waiting = std::mem::take(&mut self.waiting);
+        // All of them first: what still waits in memory is found there, and may be let go of since a longer one is stored.
+        let wait = |waiting: Waiting| (waiting.handle.wait(Some(Duration::from_secs(60))), waiting);
+        let done: Vec<_> = waiting.into_iter().map(wait).collect();
+        for (outcome, Waiting { space: n, tokens, which, damaged, .. }) in done {
             self.note(format!("put {n} {tokens:?} {outcome:?}"));
             match outcome {
                 Ok(Some(report)) if report.is_durable => {
