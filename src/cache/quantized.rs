@@ -105,7 +105,7 @@ impl LayerCache for QuantizedKvCache {
     }
 
     fn copy(&self) -> Cache {
-        Cache::Quantized(self.clone())
+        Cache::Quantized(Self { expected: 0, ..self.clone() })
     }
 }
 

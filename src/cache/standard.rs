@@ -117,7 +117,7 @@ impl LayerCache for StandardKvCache {
     }
 
     fn copy(&self) -> Cache {
-        Cache::Standard(self.clone())
+        Cache::Standard(Self { expected: 0, ..self.clone() })
     }
 }
 

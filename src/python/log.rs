@@ -1,7 +1,7 @@
 //! What the core has to tell goes to Python's `logging`, as `mlxrs_py` and the modules below it.
 //!
-//! Whoever tells something may hold a lock, so nobody waits for the GIL: a thread of its own takes what there is to Python,
-//! and ends.
+//! Whoever tells something may hold a lock, so nobody waits for the GIL, as with pyo3-log: a thread of its own takes what
+//! there is to Python, and ends.
 
 use pyo3::prelude::*;
 use std::collections::VecDeque;
@@ -42,7 +42,7 @@ fn queue() -> MutexGuard<'static, Queue> {
 
 struct ToPython {
     most: Level,
-    /// A forked child has no thread that would take its lines.
+    /// A forked child tells nothing: it has no such thread, and the lock may be held for ever.
     process: u32,
 }
 
@@ -60,13 +60,16 @@ impl Subscriber for ToPython {
     fn record_follows_from(&self, _: &Id, _: &Id) {}
 
     fn event(&self, event: &Event<'_>) {
+        if std::process::id() != self.process {
+            return;
+        }
         let mut text = Text::default();
         event.record(&mut text);
         let Text { message, fields } = text;
         let logger = event.metadata().target().replace("::", ".");
         let line = Line { level: *event.metadata().level(), logger, text: message + &fields };
         let mut queue = queue();
-        if queue.is_closed || queue.lines.len() >= MOST || std::process::id() != self.process {
+        if queue.is_closed || queue.lines.len() >= MOST {
             return;
         }
         queue.lines.push_back(line);

@@ -46,52 +46,26 @@ pub(super) fn prefill<'py>(
     if let Some(quantization) = &quantization {
         quantization.check(&cache, count(op, "total", total as i64)?)?;
     }
-    let progress = progress.filter(|progress| !progress.is_none());
     let pace = Pace::new(step_size.0)?;
-    let steps = PySteps {
-        py,
-        model,
-        tokens,
-        embeddings,
-        cache,
-        quantization,
-        progress,
-        pace,
-        recording: None,
-        done: 0,
-        total: 0,
-        logits: None,
-    };
+    let steps = PySteps { embeddings, quantization, ..PySteps::new(py, model, tokens, cache, progress, pace) };
     PyArray(steps.run(total)?).into_pyobject(py)
 }
 
 /// Runs `tokens` (P,) on top of what `caches` and the recording's prompt already hold; gives the logits (1, V).
 ///
-/// `progress` is told tokens of the whole prompt.
+/// Windows end at multiples of `step_size`, and `progress` is told tokens, both counted from the prompt's first token.
 pub(super) fn prefill_stored<'py>(
     py: Python<'py>,
     model: Bound<'py, PyAny>,
     tokens: Array,
     cache: Bound<'py, PyAny>,
+    step_size: usize,
     progress: Option<Bound<'py, PyAny>>,
     recording: Recording,
 ) -> PyResult<Array> {
     let total = total_tokens(&tokens, None)?;
-    let progress = progress.filter(|progress| !progress.is_none());
-    let steps = PySteps {
-        py,
-        model,
-        tokens,
-        embeddings: None,
-        cache,
-        quantization: None,
-        progress,
-        pace: Pace::new(Step::Tokens(1))?,
-        recording: Some(recording),
-        done: 0,
-        total: 0,
-        logits: None,
-    };
+    let pace = Pace::new(Step::Tokens(step_size))?;
+    let steps = PySteps { recording: Some(recording), ..PySteps::new(py, model, tokens, cache, progress, pace) };
     steps.run(total)
 }
 
@@ -218,7 +192,33 @@ struct PySteps<'py> {
     logits: Option<Array>,
 }
 
-impl PySteps<'_> {
+impl<'py> PySteps<'py> {
+    fn new(
+        py: Python<'py>,
+        model: Bound<'py, PyAny>,
+        tokens: Array,
+        cache: Bound<'py, PyAny>,
+        progress: Option<Bound<'py, PyAny>>,
+        pace: Pace,
+    ) -> Self {
+        let progress = progress.filter(|progress| !progress.is_none());
+        let (embeddings, quantization, recording, logits) = (None, None, None, None);
+        Self {
+            py,
+            model,
+            tokens,
+            embeddings,
+            cache,
+            quantization,
+            progress,
+            pace,
+            recording,
+            done: 0,
+            total: 0,
+            logits,
+        }
+    }
+
     fn run(mut self, total: usize) -> PyResult<Array> {
         self.total = total;
         if !self.pace.is_measuring() {
@@ -253,7 +253,7 @@ impl PySteps<'_> {
             super::foreign::collect_arrays(&cache?, &mut arrays)?;
         }
         if let Some(recording) = &mut self.recording {
-            arrays.extend(recording.cut(&self.cache, self.done, is_last)?);
+            arrays.extend(recording.cut(self.py, &self.cache, self.done, is_last)?);
         }
         Ok(arrays)
     }
@@ -266,7 +266,8 @@ impl<'py> Steps for PySteps<'py> {
     type Pending = Pending;
 
     fn step(&self) -> usize {
-        self.recording.as_ref().map_or_else(|| self.pace.step(), |recording| recording.step(self.done))
+        let step = self.pace.step();
+        self.recording.as_ref().map_or(step, |recording| step - (recording.restored() + self.done) % step)
     }
 
     fn checkpoint(&mut self, n_tokens: usize) -> PyResult<Self::Checkpoint> {

@@ -16,8 +16,6 @@ pub(super) struct Recording {
     tokens: Vec<u32>,
     /// Tokens that are in the caches at the start.
     restored: usize,
-    /// Windows end at its multiples, counted from the first token.
-    step: usize,
     /// The records of windows that are under way, each with the tokens computed after it.
     under_way: VecDeque<(usize, Vec<Cuts>)>,
     leaving: Option<JoinHandle<()>>,
@@ -29,15 +27,18 @@ impl Recording {
         self.restored
     }
 
-    /// The tokens of the next window, at most, if `done` were computed here.
-    pub(super) const fn step(&self, done: usize) -> usize {
-        self.step - (self.restored + done) % self.step
-    }
-
     /// Cuts the records of the window that ends after `done` tokens; gives what is to be computed with it.
-    pub(super) fn cut(&mut self, caches: &Bound<'_, PyAny>, done: usize, is_last: bool) -> PyResult<Vec<Array>> {
+    pub(super) fn cut(
+        &mut self,
+        py: Python<'_>,
+        caches: &Bound<'_, PyAny>,
+        done: usize,
+        is_last: bool,
+    ) -> PyResult<Vec<Array>> {
         let leaves = contents(&leaves(caches)?)?;
-        let (cuts, arrays) = self.recorder.cut(&self.tokens[..self.restored + done], &leaves, is_last)?;
+        let (recorder, tokens) = (&mut self.recorder, &self.tokens[..self.restored + done]);
+        // Without the GIL: the index on the disk is asked what is there.
+        let (cuts, arrays) = py.detach(move || recorder.cut(tokens, &leaves, is_last))?;
         self.under_way.push_back((done, cuts));
         Ok(arrays)
     }
@@ -107,9 +108,8 @@ pub(super) fn prefill_recorded<'py>(
         recorder: Recorder::new(view.view(), restored, step_size, exact),
         tokens: ids,
         restored,
-        step: (step_size as usize).max(1),
         under_way: VecDeque::new(),
         leaving: None,
     };
-    PyArray(prefill_stored(py, model, left, caches, progress, recording)?).into_pyobject(py)
+    PyArray(prefill_stored(py, model, left, caches, step_size as usize, progress, recording)?).into_pyobject(py)
 }

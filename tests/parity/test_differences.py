@@ -344,6 +344,18 @@ def test_a_stopped_prefill_leaves_all_layers_at_one_offset():
         assert stopped(lambda *arguments: mlxrs_py.prefill(*arguments, step_size=4), caches) == [4, 4, 4, 4]
 
 
+def test_buffers_of_a_prompt_grow_by_longer_steps():
+    model, tokens = tiny_llama(2), [token % 61 for token in range(700)]
+    caches, twins = [ours.KVCache() for _ in range(2)], [theirs.KVCache() for _ in range(2)]
+    mlxrs_py.prefill(model, tokens, caches, step_size=100)
+    prefill(model, tokens, twins, prefill_step_size=100)
+    assert [c.keys.shape[2] for c in caches] == [768, 768]
+    # Cut to what is used and grown by 256 at each second window.
+    assert [c.keys.shape[2] for c in twins] == [856, 856]
+    for cache, twin in zip(caches, twins, strict=True):
+        assert mx.array_equal(cache.keys[..., :700, :], twin.keys[..., :700, :])
+
+
 def test_a_window_of_no_tokens_is_refused_in_plain_words():
     with pytest.raises(ValueError, match="Cannot infer the shape"):
         prefill(tiny_llama(1), [1, 2, 3], [theirs.KVCache()], prefill_step_size=0)

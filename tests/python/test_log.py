@@ -1,10 +1,14 @@
 """What the core tells arrives in Python's logging."""
 
 import logging
+import os
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
+
+import pytest
 
 import mlxrs_py
 from tiny import TinyModel
@@ -41,19 +45,37 @@ def test_a_warning_of_the_core_is_a_record_of_logging(tmp_path, caplog):
     assert "record" in record.getMessage()
 
 
+def stderr_of(program, **environment):
+    program = 'import logging; logging.basicConfig(level=0, format="%(levelname)s %(name)s %(message)s")\n' + program
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    folder = Path(__file__).parent
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=env).stderr
+
+
 def test_what_is_told_last_is_heard_before_the_process_ends(tmp_path):
     damaged_store(tmp_path / "store")
     program = f"""
-    import logging, mlxrs_py
-    from tiny import TinyModel
-    logging.basicConfig(format="%(levelname)s %(name)s %(message)s")
-    store = mlxrs_py.PromptStore({str(tmp_path / "store")!r}, ram_bytes=0, disk_bytes=1 << 30, block_tokens=16)
-    assert store.view(TinyModel()).restore(list(range(40)))[1] == 0
-    """
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, cwd=__file__[:-12]
-    )
-    assert ran.stderr.startswith("WARNING mlxrs_py."), ran.stderr
+import mlxrs_py
+from tiny import TinyModel
+store = mlxrs_py.PromptStore({str(tmp_path / "store")!r}, ram_bytes=0, disk_bytes=1 << 30, block_tokens=16)
+assert store.view(TinyModel()).restore(list(range(40)))[1] == 0
+"""
+    assert "WARNING mlxrs_py." in stderr_of(program)
+
+
+@pytest.mark.parametrize("level", ["", "debug"])
+def test_small_things_are_told_if_they_are_asked_for(level, tmp_path):
+    stray = tmp_path / ".p.safetensors.1.0123456789abcdef.tmp.safetensors"
+    stray.touch()
+    program = f"""
+import mlxrs_py
+from mlxrs_py.cache import KVCache, save_prompt_cache
+save_prompt_cache({str(tmp_path / "p")!r}, [KVCache()])
+"""
+    told = stderr_of(program, MLXRS_PY_LOG=level)
+    assert not stray.exists()
+    assert ("DEBUG mlxrs_py.persist.atomic.sweep removed a dead temporary file" in told) == (level == "debug")
 
 
 def test_a_handler_that_fails_stops_nothing(tmp_path, caplog, monkeypatch):

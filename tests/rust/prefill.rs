@@ -190,6 +190,29 @@ fn what_stops_a_prefill_undoes_the_newer_window_first_and_the_older_only_if_it_f
 }
 
 #[test]
+fn buffers_grow_by_longer_steps_until_the_prompt_is_over() {
+    let mut caches = plain(2);
+    let rows = |caches: &[Cache]| caches.iter().map(|cache| cache.as_dyn().buffers()[0].dim(2)).collect::<Vec<_>>();
+    prefill_full(&mut MockModel::new(5), &prompt(3000), &mut caches, 500).unwrap();
+    assert_eq!(rows(&caches), [3072, 3072]);
+    let mut copies: Vec<_> = caches.iter().map(|cache| cache.as_dyn().copy()).collect();
+    prefill_full(&mut MockModel::new(5), &prompt(200), &mut caches, 50).unwrap();
+    assert_eq!(rows(&caches), [3328, 3328]);
+    // Whatever comes without a prompt's length finds the steps of mlx-lm again, after a prompt that failed too.
+    let mut model = MockModel { fail_at: Some(1), ..MockModel::new(5) };
+    assert!(prefill_full(&mut model, &prompt(5000), &mut copies, 50).is_err());
+    for caches in [&mut caches, &mut copies] {
+        let before = rows(caches);
+        let n_tokens = before[0] as i32 - caches[0].as_dyn().size() as i32 + 1;
+        for cache in caches.iter_mut() {
+            let new = crate::mock::rows_of(&vec![1; n_tokens as usize]);
+            cache.as_kv_mut().unwrap().update(&new, &new).unwrap();
+        }
+        assert!(rows(caches).iter().zip(before).all(|(now, before)| *now <= before + 256), "{:?}", rows(caches));
+    }
+}
+
+#[test]
 fn the_barrier_evaluates_the_buffers_of_every_layer() {
     let mut caches = plain(3);
     let mut model = MockModel::new(5);

@@ -18,7 +18,8 @@ from rows import LIMIT, OURS, THEIRS, Report, Row, Samples, seconds
 from sections.restore import main_shape
 
 RUNS = 6
-DURABLE, FAST, FREE, DONE = "durable", "not durable", "background, caller free", "background, all done"
+DURABLE, PAST, FAST = "durable", "durable, direct", "not durable"
+FREE, DONE = "background, caller free", "background, all done"
 SYNCED, DIRECT, WRITTEN = "plain write and fsync", "plain O_DIRECT write and fsync", "plain write"
 
 
@@ -45,16 +46,13 @@ def in_one_process(report: Report) -> None:
 
 
 def options() -> dict[str, dict[str, bool]]:
-    return {DURABLE: {"durable": True}, FAST: {"durable": False}}
+    return {DURABLE: {"durable": True}, PAST: {"direct": True}, FAST: {"durable": False}}
 
 
 def rows(report: Report, samples: Samples, n_bytes: int, what: str) -> None:
-    limit_of = {
-        DURABLE: [side for side in (SYNCED, DIRECT) if side in samples],
-        FAST: [WRITTEN],
-        DONE: [side for side in (SYNCED, DIRECT) if side in samples],
-    }
-    for way in (DURABLE, FAST, FREE, DONE):
+    durable = [side for side in (SYNCED, DIRECT) if side in samples]
+    limit_of = {DURABLE: durable, PAST: durable, FAST: [WRITTEN], DONE: durable}
+    for way in (DURABLE, PAST, FAST, FREE, DONE):
         if way not in samples or THEIRS not in samples:
             continue
         sides = {OURS: samples[way], THEIRS: samples[THEIRS]}

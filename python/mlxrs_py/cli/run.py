@@ -42,7 +42,7 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
         type=models.size,
         default=None,
         metavar="N",
-        help="the folder stays below, from now on; 500MB and 20GB are understood (default: as before, or 32GiB)",
+        help="the folder stays below, from now on; 500MB and 20GB are understood (default: as before, or 32 GiB)",
     )
 
 

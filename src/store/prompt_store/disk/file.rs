@@ -240,18 +240,13 @@ fn parse(header: &Header, seal_start: u64) -> Option<Parsed> {
     for (name, info) in stored {
         let checksum = number_of(checksums.get(name)?)?;
         let start = entry.n_bytes;
-        let tensor = match notes.and_then(|notes| notes.get(name)) {
-            None => {
-                RecordTensor { dtype: info.dtype, shape: info.shape.clone(), start, n_bytes: info.n_bytes(), checksum }
-            }
-            Some(note) => unpacked(note, info, start, checksum)?,
-        };
-        let packed = match notes.and_then(|notes| notes.get(name)) {
-            None => None,
-            Some(note) => {
-                let (width, checksum) = (tensor.dtype.size(), number_of(note.get("checksum")?)?);
-                Some(Packed { n_bytes: info.n_bytes(), width, checksum })
-            }
+        let (tensor, packed) = if let Some(note) = notes.and_then(|notes| notes.get(name)) {
+            let tensor = unpacked(note, info, start, checksum)?;
+            let (width, checksum) = (tensor.dtype.size(), number_of(note.get("checksum")?)?);
+            (tensor, Some(Packed { n_bytes: info.n_bytes(), width, checksum }))
+        } else {
+            let (dtype, shape, n_bytes) = (info.dtype, info.shape.clone(), info.n_bytes());
+            (RecordTensor { dtype, shape, start, n_bytes, checksum }, None)
         };
         places.push(Place { start, n_bytes: tensor.n_bytes, at: info.start, packed });
         n_stored += info.n_bytes();

@@ -1,6 +1,6 @@
 //! The bytes of an open record's file.
 
-use super::file::{self, Contents, Place};
+use super::file::{self, Contents, Packed, Place};
 use super::pack;
 use super::reading::Lease;
 use crate::error::{Error, Result};
@@ -79,26 +79,25 @@ impl FileSource {
                 continue;
             }
             let own = &mut buffer[(from - at) as usize..(to - at) as usize];
-            if place.packed.is_none() {
-                self.read_file(own, place.at + (from - place.start))?;
-            } else if own.len() as u64 == place.n_bytes {
-                self.unpack(place, own)?;
-            } else {
-                let mut whole = vec![0; place.n_bytes as usize];
-                self.unpack(place, &mut whole)?;
-                own.copy_from_slice(&whole[(from - place.start) as usize..(to - place.start) as usize]);
+            match &place.packed {
+                None => self.read_file(own, place.at + (from - place.start))?,
+                Some(packed) if own.len() as u64 == place.n_bytes => self.unpack(packed, place.at, own)?,
+                Some(packed) => {
+                    let mut whole = vec![0; place.n_bytes as usize];
+                    self.unpack(packed, place.at, &mut whole)?;
+                    own.copy_from_slice(&whole[(from - place.start) as usize..(to - place.start) as usize]);
+                }
             }
         }
         Ok(())
     }
 
-    /// Fills `bytes` with all of the tensor at `place`, of which the file has another form.
-    fn unpack(&self, place: &Place, bytes: &mut [u8]) -> Result<()> {
-        let Some(packed) = &place.packed else { return self.read_file(bytes, place.at) };
+    /// Fills `bytes` with all of a tensor, of which the data has another form at `at`.
+    fn unpack(&self, packed: &Packed, at: u64, bytes: &mut [u8]) -> Result<()> {
         // No more than the file has: its header was checked against its size.
         let mut stored = vec![0; packed.n_bytes as usize];
-        self.read_file(&mut stored, place.at)?;
-        let damaged = |got: String| Error::format(&self.path, "data", format!("a tensor at {}", place.at), got);
+        self.read_file(&mut stored, at)?;
+        let damaged = |got: String| Error::format(&self.path, "data", format!("a tensor at {at}"), got);
         if checksum(&stored) != packed.checksum {
             return Err(damaged("bytes with another checksum".into()));
         }
