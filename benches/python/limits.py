@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import mmap
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,14 +75,17 @@ def read_fresh(pool: Pool, file: Path) -> mmap.mmap:
     return space
 
 
-def write(pool: Pool, file: Path, view: memoryview, *, sync: bool, direct: bool = False) -> None:
-    """Write a new file of these bytes; ``direct`` goes past the page cache."""
+def write(pool: Pool, file: Path, view: memoryview, *, sync: bool, early: bool = False, direct: bool = False) -> None:
+    """Write a new file of these bytes; the disk begins ``early``, or ``direct`` goes past the page cache."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if direct else 0)
     descriptor = os.open(file, flags, 0o600)
 
     def piece(at: int, to: int) -> None:
+        start = at
         while at < to:
             at += os.pwrite(descriptor, view[at:to], at)
+        if early:
+            start_writeback(descriptor, start, to - start)
 
     try:
         n_bytes = len(view) // 4096 * 4096 if direct else len(view)
@@ -92,6 +97,11 @@ def write(pool: Pool, file: Path, view: memoryview, *, sync: bool, direct: bool 
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def start_writeback(descriptor: int, at: int, n_bytes: int) -> None:
+    """Have Linux bring written bytes to the disk, and do not wait."""
+    ctypes.CDLL(None).sync_file_range(descriptor, ctypes.c_int64(at), ctypes.c_int64(n_bytes), 2)
 
 
 def drop_from_page_cache(file: Path) -> float:
@@ -118,9 +128,25 @@ def _cached(descriptor: int, n_bytes: int, n_samples: int = 16) -> float:
 
 
 def settle(file: Path) -> None:
-    """Have a file on the disk and in the page cache, with nothing left to write."""
+    """Have a file on the disk and in the page cache, with nothing left to write, and the blocks of older ones freed."""
     with file.open("rb", buffering=0) as stream:
         os.fsync(stream.fileno())
         space = bytearray(PIECE)
         while stream.readinto(space):
             pass
+    wait_for_disks()
+
+
+def wait_for_disks(seconds: float = 5.0) -> None:
+    """Wait until all is written and no disk does anything: a freed file's blocks are given back long after its name."""
+    end, statistics = time.perf_counter() + seconds, Path("/proc/diskstats")
+    for _ in range(2):  # what the first sync waits for may let go of files
+        os.sync()
+        earlier = ""
+        while (
+            statistics.exists()
+            and (now := statistics.read_text(encoding="ascii")) != earlier
+            and time.perf_counter() < end
+        ):
+            earlier = now
+            time.sleep(0.2)

@@ -757,8 +757,8 @@ def save_prompt_cache(
     ``format`` is the mlx-lm that shall read the file. ``padded`` (0.32 only) writes mlx-lm's full buffers, the padding
     zeroed. ``durable``: the file survives a crash of the machine from the moment this returns. ``threads`` write at
     once, as they read in ``load_prompt_cache``; on CUDA from device memory through the same pinned memory. ``direct``
-    writes past the system's page cache where the file system can (Linux, ``O_DIRECT``): the file may be durable sooner,
-    but the next load reads it from the disk.
+    writes past the system's page cache where the file system can (Linux, ``O_DIRECT``) and leaves it to others: the
+    next load reads from the disk.
 
     ``background``: gives a ``PendingSave`` once the bytes of this moment are safe from what becomes of the caches, and
     writes while the caller goes on. On CUDA they are copied on the device, which takes as much of its memory; elsewhere

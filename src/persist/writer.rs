@@ -25,8 +25,8 @@ pub struct SaveOptions {
     pub padded: bool,
     /// The file survives a crash of the machine from the moment the save returns.
     pub durable: bool,
-    /// Past the system's page cache (`O_DIRECT`), where the file system can: sooner on the disk, but the next load reads it
-    /// from there.
+    /// Past the system's page cache (`O_DIRECT`), where the file system can: the cache is left to others, and the next load
+    /// reads from the disk.
     pub direct: bool,
     /// How many threads write at once; None: the environment variable `MLXRS_PY_THREADS`, else the cores, at most 8.
     pub threads: Option<NonZero<usize>>,

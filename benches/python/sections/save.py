@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from sections.restore import main_shape
 RUNS = 6
 DURABLE, PAST, FAST = "durable", "durable, direct", "not durable"
 FREE, DONE = "background, caller free", "background, all done"
-SYNCED, DIRECT, WRITTEN = "plain write and fsync", "plain O_DIRECT write and fsync", "plain write"
+SYNCED, WRITTEN = "plain write and fsync", "plain write"
+EARLY, DIRECT = "plain write, begun early, and fsync", "plain O_DIRECT write and fsync"
 
 
 def run(report: Report) -> None:
@@ -50,7 +52,7 @@ def options() -> dict[str, dict[str, bool]]:
 
 
 def rows(report: Report, samples: Samples, n_bytes: int, what: str) -> None:
-    durable = [side for side in (SYNCED, DIRECT) if side in samples]
+    durable = [side for side in (SYNCED, EARLY, DIRECT) if side in samples]
     limit_of = {DURABLE: durable, PAST: durable, FAST: [WRITTEN], DONE: durable}
     for way in (DURABLE, PAST, FAST, FREE, DONE):
         if way not in samples or THEIRS not in samples:
@@ -100,12 +102,14 @@ def plain_writes(folder: Path, n_bytes: int) -> Iterator[dict[str, Callable[[], 
     def plain(**how: bool) -> float:
         try:
             elapsed = seconds(lambda: limits.write(pool, file, view, **how))
-            limits.settle(file)
         finally:
             file.unlink(missing_ok=True)
+            limits.wait_for_disks()
         return elapsed
 
     sides = {SYNCED: lambda: plain(sync=True), WRITTEN: lambda: plain(sync=False)}
+    if sys.platform == "linux":
+        sides[EARLY] = lambda: plain(sync=True, early=True)
     if hasattr(os, "O_DIRECT"):
         sides[DIRECT] = lambda: plain(sync=True, direct=True)
     try:

@@ -169,13 +169,17 @@ impl AtomicFile {
             let synced = reach(Phase::Sync).and_then(|()| Ok(place::sync(&self.file)?));
             synced.map_err(|source| self.error("sync", source))?;
         }
-        self.rename().map_err(|source| self.error("replace", source))?;
+        // Closed here, while the old file has its name and closing it is nothing.
+        self.old_pages = None;
+        let old = self.rename().map_err(|source| self.error("replace", source))?;
         self.is_committed = true;
-        if durable {
-            let synced = reach(Phase::FolderSync).and_then(|()| Ok(self.place.sync(&self.file)?));
-            synced.map_err(|source| self.error("sync the folder of", source))?;
+        let sync = || reach(Phase::FolderSync).and_then(|()| Ok(self.place.sync(&self.file)?));
+        let synced = if durable { sync() } else { Ok(()) };
+        // Not before: the sync would wait until the journal has the freed blocks too.
+        if let Some(old) = old {
+            release(old);
         }
-        Ok(())
+        synced.map_err(|source| self.error("sync the folder of", source))
     }
 
     fn take_over_owner_and_mode(&self) -> io::Result<()> {
@@ -197,7 +201,8 @@ impl AtomicFile {
         Ok(())
     }
 
-    fn rename(&self) -> io::Result<()> {
+    /// Gives what was replaced, which nobody else may have open.
+    fn rename(&self) -> io::Result<Option<OwnedFd>> {
         reach(Phase::Rename)?;
         // The open folder may have been moved away meanwhile: what it then holds is no longer the target.
         if !Place::find(&self.path)?.is_same(&self.place)? {
@@ -205,10 +210,7 @@ impl AtomicFile {
         }
         let old = self.place.hold_occupant();
         renameat(&self.place.folder, &self.temp, &self.place.folder, &self.place.name)?;
-        if let Some(old) = old {
-            release(old);
-        }
-        Ok(())
+        Ok(old)
     }
 
     fn error(&self, op: &'static str, source: io::Error) -> Error {

@@ -14,9 +14,39 @@ use mlxrs_py::persist::{CacheFile, SaveOptions, save_prompt_cache};
 use rustix::io::Errno;
 use tempfile::tempdir;
 
-use super::{assert_done, child, mode_of, names, save, set_mode};
+use super::{assert_done, at, child, mode_of, names, save, set_mode};
 
 const LARGE: usize = 20 << 20;
+
+/// Freeing its blocks goes through the journal that the sync of the folder waits for, and takes long.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_replaced_file_is_let_go_of_after_the_folder_is_synced_and_not_by_the_saver() {
+    use std::os::unix::fs::MetadataExt as _;
+
+    // How often this process has the file open.
+    fn n_open(inode: u64) -> usize {
+        let entries = fs::read_dir("/proc/self/fd").unwrap();
+        entries
+            .filter(|entry| fs::metadata(entry.as_ref().unwrap().path()).is_ok_and(|file| file.ino() == inode))
+            .count()
+    }
+    let folder = tempdir().unwrap();
+    let target = folder.path().join("x.safetensors");
+    let save = || {
+        let mut file = AtomicFile::create(&target)?;
+        file.reserve(LARGE as u64)?;
+        file.write_all_at(&vec![1; LARGE], 0)?;
+        file.commit(true)
+    };
+    save().unwrap();
+    let old = fs::metadata(&target).unwrap().ino();
+    let watch = move || assert_eq!(n_open(old), 1, "the one that is closed in the background");
+    at(Phase::FolderSync, watch, save).unwrap();
+    while n_open(old) > 0 {
+        std::thread::yield_now();
+    }
+}
 
 /// A cache of `n_rows` rows of 64 KiB, so of several pieces of work.
 fn cache_of(n_rows: i32) -> Cache {
