@@ -114,14 +114,20 @@ class Report:
         runs: int,
         limit_s: float = 20,
         times: dict[str, int] | None = None,
+        *,
+        warm: bool = False,
     ) -> Samples:
         """Sample all sides alternately, so that what else the machine does hits all of them.
 
         No new turn after ``limit_s`` seconds, half of that on a GPU, which is quieter; but two, unless one took longer.
         A side that fails is left out from there on. ``times``: how often a side is sampled in each of its turns.
+        ``warm``: each side runs once before, since a GPU's kernels are compiled when they are first needed.
         """
         samples: Samples = {side: [] for side in sides}
         left = dict(sides)
+        if warm and self.machine["device"] == "gpu":
+            for sample in sides.values():
+                sample()
         patience = 0.5 if self.machine["device"] == "gpu" else 1.0
         start = time.perf_counter()
         end = min(start + limit_s * patience, self.deadline)

@@ -24,7 +24,9 @@ def run(report: Report) -> None:
         report.attempt("prefill as installed", lambda: as_installed(report))
     n_tokens = (1024 if report.quick else 16_384) if machine.on_gpu() else 512
     for step_size in (2048, 512) if machine.on_gpu() else (512, 128):
-        report.attempt(f"prefill, step {step_size}", lambda s=step_size: by_step(report, n_tokens, s))
+        report.attempt(f"prefill, step {step_size}", lambda s=step_size: by_step(report, n_tokens, s, s))
+    if machine.on_gpu():
+        report.attempt("prefill, step 512 beside 2048", lambda: by_step(report, n_tokens, 512, 2048))
     for n in lengths(report):
         report.attempt(f"prefill {n} tokens", lambda n=n: by_length(report, n))
     report.attempt("restore against prefilling again", lambda: against_restore(report, n_tokens))
@@ -66,27 +68,32 @@ def as_installed(report: Report) -> None:
     )
 
 
-def by_step(report: Report, n_tokens: int, step_size: int) -> None:
-    """Beside a loop that never waits: no barrier, no bound of memory."""
+def by_step(report: Report, n_tokens: int, step_size: int, their_step: int) -> None:
+    """Beside a loop that never waits: no barrier, no bound of memory. mlx-lm runs at ``their_step``."""
     tokens = workload.random_tokens(n_tokens)
     peaks: Samples = {OURS: [], THEIRS: [], LIMIT: []}
 
     def sample(side: str) -> float:
         workload.tidy()
         mx.reset_peak_memory()
-        elapsed = unbounded_seconds(tokens, step_size) if side == LIMIT else prefill_seconds(side, tokens, step_size)
+        if side == LIMIT:
+            elapsed = unbounded_seconds(tokens, step_size)
+        else:
+            elapsed = prefill_seconds(side, tokens, their_step if side == THEIRS else step_size)
         peaks[side].append(mx.get_peak_memory())
         return elapsed
 
     sides = {side: lambda side=side: sample(side) for side in peaks}
-    samples = report.in_turns(sides, 4, 24 if machine.on_gpu() else 60)
+    samples = report.in_turns(sides, 6, 30 if machine.on_gpu() else 60, warm=True)
     name = f"{models.name()}, {n_tokens:,} tokens, step {step_size}"
+    if their_step != step_size:
+        name += f", mlx-lm {their_step}"
     limit = "a loop that never waits"
     rates = as_rates(samples, n_tokens)
     row = Row("prefill", name, "tok/s", rates, more_is_better=True, limit=limit, n_tokens=n_tokens)
     row.note = "same BLAS on both sides" if not machine.on_gpu() else ""
     report.add(row)
-    held = {side: peak for side, peak in peaks.items() if peak and side in samples}
+    held = {side: peaks[side][-len(times) :] for side, times in samples.items()}
     report.add(
         Row("prefill", f"{name}: peak memory", "GB", held, scale=1e-9, limit=limit, series="memory", n_tokens=n_tokens)
     )

@@ -31,7 +31,7 @@ def run(report: Report) -> None:
 
     def one(name: str, arguments: tuple[int, ...]) -> None:
         sides = {side: lambda side=side: host_seconds(side, name, arguments, keys) for side in (OURS, THEIRS)}
-        samples = report.in_turns(sides, RUNS)
+        samples = report.in_turns(sides, RUNS, warm=True)
         report.add(Row("update", name, "us", samples, scale=1e6))
 
     for name, arguments in [("KVCache", ()), ("RotatingKVCache", (4096,)), ("QuantizedKVCache", ())]:

@@ -150,12 +150,13 @@ fn try_restore(store: &PromptStore, space: &Space, tokens: &[u32]) -> Option<(us
 
 /// Bytes that a folder takes.
 pub fn folder_size(path: &Path) -> u64 {
-    let mut n_bytes = 0;
-    for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
-        let Ok(meta) = entry.metadata() else { continue };
-        n_bytes += if meta.is_dir() { folder_size(&entry.path()) } else { meta.len().next_multiple_of(4096) };
-    }
-    n_bytes
+    std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| size_of(&entry.path())).sum()
+}
+
+/// Bytes that a file takes, or all that lie in a folder; 0 for what is not there any more.
+pub fn size_of(path: &Path) -> u64 {
+    let Ok(meta) = std::fs::symlink_metadata(path) else { return 0 };
+    if meta.is_dir() { folder_size(path) } else { meta.len().next_multiple_of(4096) }
 }
 
 /// A sequence of tokens, of which the first ones are shared by all with the same `branch` down to there.

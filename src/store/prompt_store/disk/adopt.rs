@@ -249,7 +249,7 @@ impl Disk {
     fn salvage(&self) -> Salvage {
         let mut salvage = Salvage::default();
         // A connection of its own: whoever holds one of the others may be waiting for the lock that is held here.
-        let _ = Index::new(&self.folder, true).and_then(|mut index| {
+        let _ = Index::new(&self.folder, None).and_then(|mut index| {
             index.read(|index| {
                 let mut rows = index.prepare("SELECT day, n_bytes FROM writes")?;
                 salvage.writes = rows.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.flatten().collect();

@@ -6,8 +6,8 @@
 
 pub use super::folder::Inode;
 
-use super::SLOW;
 use super::folder::Folder;
+use super::{SHORT, SLOW};
 use crate::error::{Error, Result};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
 use rustix::fs::{FlockOperation, flock};
@@ -16,7 +16,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Told in the database's own header.
 const APPLICATION: i32 = 0x6d6c_7870;
@@ -65,11 +65,21 @@ impl Damage {
     }
 }
 
+/// Bytes of the index's log.
+#[derive(Clone, Copy, Debug)]
+pub struct LogLimits {
+    /// Above, who writes empties it first, if nobody reads.
+    pub empty_from: u64,
+    /// Above, nothing is written until it is emptied.
+    pub most: u64,
+}
+
 /// A connection to the index that stands at its name.
 #[derive(Debug)]
 pub struct Index {
     folder: Folder,
-    read_only: bool,
+    /// None if it is only read.
+    log: Option<LogLimits>,
     lock: Option<File>,
     open: Option<(Connection, Inode)>,
     /// What turned out wrong with it.
@@ -77,13 +87,13 @@ pub struct Index {
 }
 
 impl Index {
-    /// Opens nothing yet.
+    /// Opens nothing yet; for reading only if there is no `log`.
     ///
     /// # Errors
     /// [`Error::Io`] if the lock's file cannot be made.
-    pub fn new(folder: &Folder, read_only: bool) -> Result<Self> {
-        let lock = if read_only { None } else { Some(open_lock(folder)?) };
-        Ok(Self { folder: folder.clone(), read_only, lock, open: None, damage: None })
+    pub fn new(folder: &Folder, log: Option<LogLimits>) -> Result<Self> {
+        let lock = log.map(|_| open_lock(folder)).transpose()?;
+        Ok(Self { folder: folder.clone(), log, lock, open: None, damage: None })
     }
 
     /// Calls `read` with a state of the index that does not change meanwhile.
@@ -127,9 +137,9 @@ impl Index {
         self.connect()?;
         let Some((connection, inode)) = &mut self.open else { return Err(self.lost()) };
         let inode = *inode;
+        let folder = &self.folder;
         let run = || {
-            connection.busy_timeout(timeout)?;
-            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let transaction = begin(connection, folder, timeout, self.log)?;
             let value = write(&transaction)?;
             transaction.commit()?;
             Ok(value)
@@ -140,11 +150,8 @@ impl Index {
 
     /// Moves the log into the index and empties it, as far as nobody reads.
     pub fn checkpoint(&mut self) {
-        let run = |connection: &Connection| {
-            connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0))
-        };
         if let Some((connection, inode)) = &self.open
-            && let Err(error) = connection.busy_timeout(Duration::from_millis(50)).and_then(|()| run(connection))
+            && let Err(error) = empty_log(connection)
         {
             let inode = *inode;
             let error = self.error("checkpoint", inode, &error);
@@ -182,7 +189,7 @@ impl Index {
         }
         self.open = None;
         let Some(inode) = now else { return Err(self.lost()) };
-        match connect(&self.folder.index(), self.read_only) {
+        match connect(&self.folder.index(), self.log.is_none()) {
             Ok(connection) => {
                 self.open = Some((connection, inode));
                 Ok(())
@@ -224,6 +231,41 @@ pub fn open_lock(folder: &Folder) -> Result<File> {
 pub fn hold(lock: &File, how: FlockOperation, folder: &Folder) -> Result<()> {
     let held = rustix::io::retry_on_intr(|| flock(lock, how));
     held.map_err(|error| Error::io("lock", &folder.index_lock(), error.into()))
+}
+
+/// Begins to write: alone, so that the log's length holds, and not while it is too long. What may wait empties it.
+fn begin<'a>(
+    connection: &'a mut Connection,
+    folder: &Folder,
+    timeout: Duration,
+    log: Option<LogLimits>,
+) -> rusqlite::Result<Transaction<'a>> {
+    let is_patient = timeout >= SLOW;
+    let end = Instant::now() + timeout;
+    let mut is_tried = false;
+    loop {
+        connection.busy_timeout(timeout)?;
+        // Unchecked, since the borrow checker does not see that the loop gives it back.
+        let transaction = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
+        let size = folder.log_size();
+        let fits = |log: LogLimits| size <= log.empty_from || size <= log.most && (is_tried || !is_patient);
+        if log.is_none_or(fits) {
+            return Ok(transaction);
+        }
+        drop(transaction);
+        if !is_patient || Instant::now() > end {
+            let busy = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_BUSY);
+            return Err(rusqlite::Error::SqliteFailure(busy, Some("its log is full, and others read it".into())));
+        }
+        empty_log(connection)?;
+        is_tried = true;
+    }
+}
+
+/// Moves the log into the index and empties it, if those that use either are done soon.
+fn empty_log(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(SHORT)?;
+    connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
 }
 
 fn connect(path: &Path, read_only: bool) -> rusqlite::Result<Connection> {

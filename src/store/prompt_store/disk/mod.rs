@@ -94,7 +94,8 @@ impl Disk {
         let kept = folder.limit().filter(|n_bytes| *n_bytes >= MIN_BYTES);
         let disk_bytes = options.disk_bytes.or(kept).unwrap_or(DISK_BYTES);
         let limits = Limits { disk_bytes, write_bytes_per_day: options.write_bytes_per_day };
-        let index = || Index::new(&folder, options.read_only).map(Mutex::new);
+        let log = (!options.read_only).then(|| limits.log());
+        let index = || Index::new(&folder, log).map(Mutex::new);
         let disk = Self {
             limits,
             compression: options.compression,
@@ -168,21 +169,28 @@ impl Disk {
 
     /// Evicts until at most `target` bytes are used, as far as it may; `all` takes pinned and leased records too.
     pub fn shrink(&self, target: u64, all: bool) -> Result<u64> {
-        lock(&self.writer).checkpoint();
-        let n_freed = self.write_index(|index| {
-            let excess = room::used(index, &self.folder)?.saturating_sub(target);
-            let victims = if all {
-                let mut rows = index.prepare_cached("SELECT slot, tokens, body FROM records")?;
-                rows.query_map([], query::unpack)?.collect::<rusqlite::Result<_>>()?
-            } else {
-                room::victims(index, excess, &HashSet::new())?
-            };
-            victims.iter().try_for_each(|row| room::doom(index, row, self.owner_name()))?;
-            self.counts.n_evicted.fetch_add(victims.len() as u64, Ordering::Relaxed);
-            Ok(victims.iter().map(|row| row.size).sum::<u64>())
-        })?;
-        self.reap()?;
-        Ok(n_freed)
+        let mut n_freed = 0;
+        loop {
+            lock(&self.writer).checkpoint();
+            let victims = self.write_index(|index| {
+                let excess = room::used(index, &self.folder)?.saturating_sub(target);
+                let mut victims: Vec<_> = if all {
+                    let mut rows = index.prepare_cached("SELECT slot, tokens, body FROM records LIMIT ?1")?;
+                    rows.query_map([room::ROUND as i64], query::unpack)?.collect::<rusqlite::Result<_>>()?
+                } else {
+                    room::victims(index, excess, &HashSet::new())?
+                };
+                victims.truncate(room::ROUND);
+                victims.iter().try_for_each(|row| room::doom(index, row, self.owner_name()))?;
+                self.counts.n_evicted.fetch_add(victims.len() as u64, Ordering::Relaxed);
+                Ok(victims)
+            })?;
+            n_freed += victims.iter().map(|row| row.size).sum::<u64>();
+            self.reap()?;
+            if victims.len() < room::ROUND {
+                return Ok(n_freed);
+            }
+        }
     }
 
     /// Removes everything, what is put aside too.

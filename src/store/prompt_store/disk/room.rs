@@ -2,6 +2,7 @@
 
 use super::file::whole_pages;
 use super::folder::{Folder, files_size};
+use super::index::LogLimits;
 use super::owner;
 use super::query::{self, Snapshot};
 use super::row::Row;
@@ -20,6 +21,8 @@ const PER_RECORD: u64 = 32 << 10;
 const FOLDERS: u64 = 64 << 10;
 /// Bytes of a record's name in its folder.
 const NAME: u64 = 128;
+/// Records that go at most in one change of the index, so that its log grows by little at a time.
+pub const ROUND: usize = 64;
 
 /// What may be written.
 #[derive(Clone, Copy, Debug)]
@@ -31,14 +34,20 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// What records may fill. The rest is for the index's log, and for leases and uses, which reserve nothing.
+    /// What records may fill.
     pub fn usable(&self) -> u64 {
-        self.disk_bytes - (self.disk_bytes / 8).min(8 << 20)
+        self.disk_bytes - self.rest()
     }
 
-    /// Bytes of the index's log from which it is emptied: at most half of what records leave.
-    pub fn log_bytes(&self) -> u64 {
-        (self.disk_bytes / 32).clamp(128 << 10, 4 << 20)
+    /// What the index's log may fill. It takes half of the rest; the other half is for the one change that begins when it
+    /// is as long as it may be, and for leases and uses, which reserve nothing.
+    pub fn log(&self) -> LogLimits {
+        let rest = self.rest();
+        LogLimits { empty_from: (rest / 4).min(4 << 20), most: rest / 2 }
+    }
+
+    fn rest(&self) -> u64 {
+        (self.disk_bytes / 8).min(64 << 20)
     }
 }
 
@@ -97,9 +106,9 @@ pub fn used(connection: &Connection, folder: &Folder) -> rusqlite::Result<u64> {
     Ok(records + going + folder.index_size() + files_size(&folder.quarantine()) + FOLDERS)
 }
 
-/// The same but for a log of the size that is left for it: what an eviction enters there must not ask for the next one.
+/// The same but for the log, which has room of its own: what an eviction enters there must not ask for the next one.
 pub fn claimed(connection: &Connection, folder: &Folder, limits: &Limits) -> rusqlite::Result<u64> {
-    Ok(used(connection, folder)? - folder.log_size().min(limits.log_bytes()))
+    Ok(used(connection, folder)? - folder.log_size().min(limits.log().most))
 }
 
 /// Reserves room for those of the records that are wanted, or dooms others to make it.
@@ -138,10 +147,9 @@ pub fn admit(
             if victims.iter().map(|row| row.size).sum::<u64>() < excess {
                 return Ok(Answer::Refused);
             }
-            for row in &victims {
-                doom(transaction, row, request.owner)?;
-            }
-            return Ok(Answer::AfterReaping { n_evicted: victims.len() as u64 });
+            let now = &victims[..victims.len().min(ROUND)];
+            now.iter().try_for_each(|row| doom(transaction, row, request.owner))?;
+            return Ok(Answer::AfterReaping { n_evicted: now.len() as u64 });
         }
         let reserve = "INSERT OR REPLACE INTO reservations(owner, put, size) VALUES (?1, ?2, ?3)";
         transaction.prepare_cached(reserve)?.execute(params![request.owner, request.put as i64, size as i64])?;

@@ -136,7 +136,7 @@ impl Disk {
 
     /// Empties the index's log if it has grown.
     pub(super) fn empty_log(&self) {
-        if self.folder.log_size() > self.limits.log_bytes() {
+        if self.folder.log_size() > self.limits.log().empty_from {
             lock(&self.writer).checkpoint();
         }
     }

@@ -136,10 +136,7 @@ impl Disk {
             match self.write_index(admit)? {
                 Answer::Granted(granted) => return Ok(Some(granted)),
                 Answer::Refused => return Ok(None),
-                Answer::AfterReaping { .. } => {
-                    self.reap()?;
-                    self.empty_log();
-                }
+                Answer::AfterReaping { .. } => self.reap()?,
             }
         }
     }
