@@ -18,6 +18,8 @@ import itertools
 
 import matplotlib.pyplot as plt
 
+from tables import short
+
 OURS, THEIRS, LIMIT, AGAIN = "mlxrs_py", "mlx-lm", "limit", "prefilling again"
 #: Of middle lightness: about as far from white as from GitHub's dark page.
 COLOURS = {OURS: "#d9622b", THEIRS: "#3f86d8", LIMIT: "#858d97", AGAIN: "#2f9e6e"}
@@ -121,7 +123,7 @@ def bars(section: str, title: str, label: str, keep: Callable[[dict[str, Any]], 
             first = y
             for side, of in _sides(row).items():
                 axes.barh(y, of["best"], height=0.82, color=COLOURS[side], alpha=0.55 if side == LIMIT else 1)
-                text = f"{of['best']:.3g}  {'mlxrs_py' if side == OURS else side}"
+                text = f"{short(of['best'])}  {'mlxrs_py' if side == OURS else side}"
                 axes.text(of["best"] + most * 0.012, y, text, va="center", color=COLOURS[side], fontsize=9)
                 y += 1
             ticks[(first + y - 1) / 2] = _wrapped(row["name"])

@@ -56,10 +56,10 @@ def _number(note: str, notes: list[str]) -> str:
 
 
 def _figure(side: dict[str, Any], unit: str) -> str:
-    return f"{_short(side['best'])} ({_short(side['median'])}) {unit}"
+    return f"{short(side['best'])} ({short(side['median'])}) {unit}"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
