@@ -16,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
 import mlxrs_py
 from mlxrs_py.cache import KVCache
+
+# isort: split
+# Before these, the BLAS that serves MLX was chosen.
+import mlx.core as mx
+import numpy as np
 
 HEADS, HEAD_DIM = 8, 128
 

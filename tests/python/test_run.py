@@ -78,6 +78,13 @@ def test_a_wrong_store_is_told_before_the_server_runs(run, arguments, words):
 
 
 @needs_mlx_lm
+def test_help_of_the_server_makes_no_store(run, tmp_path):
+    result = run("mlx_lm.server", "--prompt-store", "folder", "--help")
+    assert result.returncode == 0 and "--prompt-cache-bytes" in result.stdout
+    assert not (tmp_path / "folder").exists()
+
+
+@needs_mlx_lm
 @pytest.mark.parametrize("words", [("mlx_lm.generate",), ("mlx_lm", "generate")], ids=".".join)
 def test_commands_of_mlx_lm_run_under_both_of_their_names(run, words):
     result = run(*words, "--help")

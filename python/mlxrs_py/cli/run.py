@@ -66,6 +66,8 @@ def _store(arguments: argparse.Namespace) -> PromptStore | None:
         if arguments.prompt_store_bytes is not None:
             raise ValueError("--prompt-store-bytes needs --prompt-store")
         return None
+    if {"-h", "--help"} & set(arguments.arguments):  # whoever only reads wants no folder made
+        return None
     sizes = {} if arguments.prompt_store_bytes is None else {"disk_bytes": arguments.prompt_store_bytes}
     return PromptStore(arguments.prompt_store, **sizes)
 
