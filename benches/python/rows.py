@@ -126,8 +126,7 @@ class Report:
         samples: Samples = {side: [] for side in sides}
         left = dict(sides)
         if warm and self.machine["device"] == "gpu":
-            for sample in sides.values():
-                sample()
+            left = {side: sample for side, sample in sides.items() if self._warmed(side, sample)}
         patience = 0.5 if self.machine["device"] == "gpu" else 1.0
         start = time.perf_counter()
         end = min(start + limit_s * patience, self.deadline)
@@ -144,6 +143,14 @@ class Report:
             if now > end and (turn or now - start > limit_s):
                 break
         return {side: values for side, values in samples.items() if values}
+
+    def _warmed(self, side: str, sample: Callable[[], float]) -> bool:
+        try:
+            sample()
+        except Exception as error:
+            self.failed(side, error)
+            return False
+        return True
 
     def add(self, row: Row) -> None:
         self.rows.append(row)

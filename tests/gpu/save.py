@@ -179,6 +179,23 @@ def saves(folder: Path, a: list[Any], b: list[Any]) -> None:
             print(f"{threads} threads, durable={durable}: {took:.3f} s")
 
 
+def rows_of_saves(folder: Path, a: list[Any], b: list[Any]) -> None:
+    """Save again and again, at once and after a pause: freed blocks go back to the disk long after their file."""
+    mine, other = folder / "ours.safetensors", str(folder / "theirs.safetensors")
+    for pause in (0.0, 2.0):
+        sides: dict[str, Callable[[], Any]] = {
+            "over the one before": lambda: ours.save_prompt_cache(mine, a),
+            "over the one before, direct": lambda: ours.save_prompt_cache(mine, a, direct=True),
+            "mlx-lm": lambda: theirs.save_prompt_cache(other, b),
+        }
+        for what, save in sides.items():
+            times = []
+            for _ in range(RUNS):
+                time.sleep(pause)
+                times.append(seconds(save))
+            show(f"{what}, {pause:.0f} s after it", times)
+
+
 def equal(folder: Path, a: list[Any]) -> None:
     file = str(folder / "ours.safetensors")
     for padded in (False, True):
@@ -363,6 +380,8 @@ def main() -> None:
             equal(folder, a)
         with section("saves"):
             saves(folder, a, b)
+        with section("saves in a row"):
+            rows_of_saves(folder, a, b)
         b.clear()
         gc.collect()
         with section("in the background"):

@@ -82,6 +82,9 @@ def test_help_of_the_server_makes_no_store(run, tmp_path):
     result = run("mlx_lm.server", "--prompt-store", "folder", "--help")
     assert result.returncode == 0 and "--prompt-cache-bytes" in result.stdout
     assert not (tmp_path / "folder").exists()
+    # Of another module nobody knows what -h means.
+    assert run("--prompt-store", "folder", "program", "-h").returncode == 3
+    assert (tmp_path / "folder").exists()
 
 
 @needs_mlx_lm

@@ -56,6 +56,8 @@ def _taken(arguments: argparse.Namespace) -> argparse.Namespace:
     for name, value in vars(ours).items():
         if value is not None:
             setattr(arguments, name, value)
+    if {"-h", "--help"} & set(arguments.arguments):  # whoever only reads wants no folder made
+        arguments.prompt_store = arguments.prompt_store_bytes = None
     return arguments
 
 
@@ -65,8 +67,6 @@ def _store(arguments: argparse.Namespace) -> PromptStore | None:
     if arguments.prompt_store is None:
         if arguments.prompt_store_bytes is not None:
             raise ValueError("--prompt-store-bytes needs --prompt-store")
-        return None
-    if {"-h", "--help"} & set(arguments.arguments):  # whoever only reads wants no folder made
         return None
     sizes = {} if arguments.prompt_store_bytes is None else {"disk_bytes": arguments.prompt_store_bytes}
     return PromptStore(arguments.prompt_store, **sizes)

@@ -201,7 +201,7 @@ impl AtomicFile {
         Ok(())
     }
 
-    /// Gives what was replaced, which nobody else may have open.
+    /// Gives the replaced file, open: closing it may free all of it.
     fn rename(&self) -> io::Result<Option<OwnedFd>> {
         reach(Phase::Rename)?;
         // The open folder may have been moved away meanwhile: what it then holds is no longer the target.

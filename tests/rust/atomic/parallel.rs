@@ -23,13 +23,15 @@ const LARGE: usize = 20 << 20;
 #[test]
 fn a_replaced_file_is_let_go_of_after_the_folder_is_synced_and_not_by_the_saver() {
     use std::os::unix::fs::MetadataExt as _;
+    use std::time::{Duration, Instant};
 
+    fn key(file: &fs::Metadata) -> (u64, u64) {
+        (file.dev(), file.ino())
+    }
     // How often this process has the file open.
-    fn n_open(inode: u64) -> usize {
+    fn n_open(old: (u64, u64)) -> usize {
         let entries = fs::read_dir("/proc/self/fd").unwrap();
-        entries
-            .filter(|entry| fs::metadata(entry.as_ref().unwrap().path()).is_ok_and(|file| file.ino() == inode))
-            .count()
+        entries.filter(|entry| fs::metadata(entry.as_ref().unwrap().path()).is_ok_and(|file| key(&file) == old)).count()
     }
     let folder = tempdir().unwrap();
     let target = folder.path().join("x.safetensors");
@@ -40,10 +42,12 @@ fn a_replaced_file_is_let_go_of_after_the_folder_is_synced_and_not_by_the_saver(
         file.commit(true)
     };
     save().unwrap();
-    let old = fs::metadata(&target).unwrap().ino();
+    let old = key(&fs::metadata(&target).unwrap());
     let watch = move || assert_eq!(n_open(old), 1, "the one that is closed in the background");
     at(Phase::FolderSync, watch, save).unwrap();
+    let end = Instant::now() + Duration::from_secs(30);
     while n_open(old) > 0 {
+        assert!(Instant::now() < end, "it is never closed");
         std::thread::yield_now();
     }
 }

@@ -97,9 +97,11 @@ fn read(store: &PromptStore, n: u8, tokens: &[u32]) {
 
 /// Sizes of the store's parts while nobody changes them: who looks around meanwhile counts a renamed file twice.
 fn sizes_at_once(children: &[Child], root: &Path) -> Vec<(OsString, u64)> {
-    // One that has ended meanwhile is stopped too.
     let signal = |signal| {
-        let _ = children.iter().map(|child| kill_process(Pid::from_child(child), signal)).collect::<Vec<_>>();
+        for child in children {
+            // Refused for one that has just ended, which changes nothing either.
+            let _ = kill_process(Pid::from_child(child), signal);
+        }
     };
     signal(Signal::STOP);
     #[cfg(target_os = "linux")]
